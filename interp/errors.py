@@ -1,0 +1,83 @@
+"""What a user's mistake or a faulty input raises: one line that says what, where and what to do.
+
+Every class has a page under ``docs/errors/`` and ends the command line with exit code 2.
+"""
+
+
+class HeredityError(Exception):
+    """A problem with what the user gave.
+
+    Args:
+        what: the fault, in words (no trailing period).
+        where: the file, field or index it was found in.
+        remedy: what the user can do about it.
+    """
+
+    page = "input"
+
+    def __init__(self, what: str, *, where: str, remedy: str) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(what, where, remedy)
+
+    def __str__(self) -> str:
+        return one_line(f"{self.where}: {self.what}. {self.remedy} [docs/errors/{self.page}.md]")
+
+
+class ModelError(HeredityError):
+    """A model directory or file that cannot or must not be loaded."""
+
+    page = "model"
+
+
+class AdapterError(HeredityError):
+    """A PEFT adapter that is malformed or does not fit its base."""
+
+    page = "adapter"
+
+
+class TokenizerError(HeredityError):
+    """A tokenizer that is absent, unreadable, or does not fit the embedding."""
+
+    page = "tokenizer"
+
+
+class WrapperError(HeredityError):
+    """The hooked model disagrees with the bare one by more than the tolerance."""
+
+    page = "wrapper"
+
+
+class CorpusError(HeredityError):
+    """Text that cannot be read or holds nothing to measure."""
+
+    page = "corpus"
+
+
+class SiteError(HeredityError):
+    """A site name that this model does not have."""
+
+    page = "site"
+
+
+class StoreError(HeredityError):
+    """An activation store that is damaged or belongs to another capture."""
+
+    page = "store"
+
+
+class PolicyError(HeredityError):
+    """A policy or intent file that is malformed."""
+
+    page = "policy"
+
+
+class OutputError(HeredityError):
+    """An output directory that cannot be used."""
+
+    page = "output"
+
+
+def one_line(text: str, limit: int = 600) -> str:
+    """``text`` with control characters (ANSI escapes, newlines) shown as escapes, cut to ``limit`` characters."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
