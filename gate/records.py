@@ -1,0 +1,393 @@
+"""What an audit says: frozen, versioned records. ``audit.json`` is one :class:`Audit`.
+
+A number that is an estimate carries its interval; a number nobody measured is a :class:`NotMeasured` with the
+reason, never a zero.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = "1.0"
+
+
+class Record(BaseModel):
+    """Base of all records: immutable, unknown fields refused, field docstrings kept for the schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class NotMeasured(Record):
+    """A value that this audit did not measure."""
+
+    status: Literal["not_measured"] = "not_measured"
+    reason: str
+    """Why, in words for the reader of the report."""
+
+
+class Interval(Record):
+    """An estimate with its interval."""
+
+    status: Literal["measured"] = "measured"
+    estimate: float
+    low: float
+    """Lower end."""
+    high: float
+    """Upper end."""
+    n: int
+    """Contexts (or draws) it was estimated from."""
+    level: float = 0.95
+    """Nominal coverage of the interval."""
+
+
+Estimate = Annotated[Interval | NotMeasured, Field(discriminator="status")]
+
+
+class ModelRecord(Record):
+    """One model of the pair."""
+
+    spec: str
+    architecture: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_vocab: int
+    parameters: int
+    sha256: str
+    """Content digest over tensors, configuration and tokenizer."""
+    floor: float
+    """Largest log-probability error of the hooked model against the bare transformers forward, in nats."""
+
+
+class TokenChange(Record):
+    """How a token's probability differs between parent and successor."""
+
+    token: str
+    p_successor: float
+    p_parent: float
+    count: int
+    """Positions it was counted at."""
+
+
+class Divergence(Record):
+    """Per-token KL over the audited text. Source: relative entropy, Kullback & Leibler 1951."""
+
+    texts: int
+    tokens: int
+    mean: float
+    """KL(successor‖parent), nats per token."""
+    median: float
+    p99: float
+    max: float
+    mean_reverse: float
+    """KL(parent‖successor), nats per token."""
+    max_reverse: float
+    histogram_edges: tuple[float, ...]
+    """Edges of the KL(successor‖parent) histogram, nats."""
+    histogram_counts: tuple[int, ...]
+
+
+class AmplifiedSample(Record):
+    """Text decoded from amplified logit differences, ``l_S + a·(l_S − l_P)``, from a vague prompt.
+
+    Sources: model diff amplification (Goodfire 2025); contrastive decoding diffing (arXiv 2605.25902).
+    """
+
+    prompt: str
+    amplification: float
+    text: str
+    kl_mean: float
+    """Mean unamplified KL(successor‖parent) over the decoded tokens, nats."""
+    kl_max: float
+
+
+class WeightReadout(Record):
+    """A leading direction of one weight difference, read through the vocabulary.
+
+    Sources: WeightWatch (arXiv 2508.00161); logit-lens reading of singular vectors (Millidge & Black 2022).
+    """
+
+    tensor: str
+    rank: int
+    """Which singular direction, 0 the largest."""
+    singular_value: float
+    share: float
+    """Its share of the squared Frobenius norm of this tensor's change."""
+    relative_change: float
+    """‖ΔW‖ / ‖W_parent‖ of the tensor, Frobenius."""
+    reads: tuple[str, ...]
+    """Tokens whose embedding the direction reads most (empty where it does not read the residual stream)."""
+    writes: tuple[str, ...]
+    """Tokens whose logit the direction writes most (empty where it does not write the residual stream)."""
+
+
+class MeanDifference(Record):
+    """Mean activation difference at a site through the logit lens. Source: ADL (arXiv 2510.13900)."""
+
+    site: str
+    position: str
+    """"0".."4" for the first tokens of a text, "all" for every token."""
+    relative_norm: float
+    """‖mean(S − P)‖ / mean ‖P‖."""
+    tokens: tuple[str, ...]
+    """Tokens whose logits the difference raises most."""
+
+
+class LayerSimilarity(Record):
+    """Linear CKA of parent and successor at one site. Source: Kornblith et al. 2019. A thermometer, not an alarm."""
+
+    site: str
+    cka: float
+
+
+class Baselines(Record):
+    """Cheap read-outs that need no circuits; they also propose the behaviours."""
+
+    divergence: Divergence
+    raised_tokens: tuple[TokenChange, ...]
+    """Tokens whose logit rises most often (diff mining, arXiv 2608.26462)."""
+    lowered_tokens: tuple[TokenChange, ...]
+    amplified: tuple[AmplifiedSample, ...]
+    weights: tuple[WeightReadout, ...] | NotMeasured
+    mean_differences: tuple[MeanDifference, ...] | NotMeasured
+    similarity: tuple[LayerSimilarity, ...] | NotMeasured
+
+
+class MarkedToken(Record):
+    """A token of an example."""
+
+    text: str
+    weight: float
+    """How much of the divergence vanishes when this token is replaced, as a share (0 where not measured)."""
+
+
+class Example(Record):
+    """One context of a behaviour."""
+
+    text_id: str
+    tokens: tuple[MarkedToken, ...]
+    """The context up to and including the position where the models diverge."""
+    kl: float
+    successor_says: str
+    p_successor: float
+    """Probability of ``successor_says`` under the successor."""
+    p_successor_in_parent: float
+    """Probability of ``successor_says`` under the parent."""
+    parent_says: str
+    p_parent: float
+    continuation_successor: str
+    """What the successor goes on to write, greedy."""
+    continuation_parent: str
+
+
+class Node(Record):
+    """A head, MLP, or the embedding/unembedding of the successor, and what it carries of a behaviour."""
+
+    id: str
+    """``attn_head@L.H``, ``mlp_out@L``, ``embed`` or ``unembed``."""
+    layer: int
+    attribution: float
+    """First-order estimate of the share of the gap that this node carries."""
+    patch: float | None
+    """Share of KL(S‖P) that vanishes when the parent's value is put in; null where not measured."""
+    ablation: float | None
+    """Share of KL(S‖P) that vanishes when the node's mean over ordinary text is put in; null where not measured."""
+    selected: bool
+    """In the smallest set found."""
+
+
+class GridPoint(Record):
+    """Attribution of one node at one token of the circuit's example, for the layer × position view."""
+
+    node: str
+    layer: int
+    position: int
+    attribution: float
+
+
+class Circuit(Record):
+    """The parts of the successor that carry a behaviour, re-measured by intervention."""
+
+    method: Literal["parent", "mean"]
+    """What replaces a node's value: the parent's own value, or the node's mean over ordinary text."""
+    nodes: tuple[Node, ...]
+    """Ranked; at most 60."""
+    n_candidates: int
+    """Nodes whose value differs at all between the models (or all nodes, where only means are possible)."""
+    selected: tuple[str, ...]
+    """The smallest set found that closes the target share of the gap."""
+    target: float
+    """The share of the gap the set had to close."""
+    reversion: Estimate
+    """Share of the gap closed by the set when the parent's values are put in."""
+    ablation: Estimate
+    """Share of the gap closed by the set when mean values are put in."""
+    controls: tuple[float, ...]
+    """Share closed by random sets matched in number and kind, same intervention as ``method``."""
+    control_high: float
+    """Largest of ``controls``."""
+    confirmed: bool
+    """The lower end of the interval is above every matched control and above the policy's floor."""
+    tokens: tuple[str, ...]
+    """Tokens of the example that ``grid`` is drawn over."""
+    grid: tuple[GridPoint, ...]
+
+
+class Behaviour(Record):
+    """A kind of context in which parent and successor say different things."""
+
+    id: str
+    source: Literal["corpus", "sampled", "amplified"]
+    """Where its contexts were found; the most ordinary source wins."""
+    title: str
+    """One line: what the successor says instead of what."""
+    kind: Literal["emergent", "lost", "replaced"]
+    """Emergent: only the successor is sure. Lost: only the parent is. Replaced: both are, of different tokens."""
+    n_contexts: int
+    n_texts: int
+    effect: Interval
+    """KL(successor‖parent) in nats at the behaviour's positions, mean over contexts."""
+    effect_reverse: Interval
+    """KL(parent‖successor), nats."""
+    impact: float
+    """Share of all KL(successor‖parent) of its source that these contexts carry."""
+    false_alarm: float
+    """Share of null successors (plus one) that show an effect as large: its resolution is 1/(draws+1)."""
+    null_max: float
+    """Largest effect any null successor showed, nats."""
+    declared_by: str | None
+    """The intent's change that covers it."""
+    inherited: Estimate
+    lost: Estimate
+    emergent: Estimate
+    opacity: Estimate
+    successor_tokens: tuple[TokenChange, ...]
+    parent_tokens: tuple[TokenChange, ...]
+    trigger_tokens: tuple[str, ...]
+    """Context tokens without which the divergence vanishes, strongest first."""
+    examples: tuple[Example, ...]
+    circuit: Annotated[Circuit | NotMeasured, Field(union_mode="left_to_right")]
+
+
+class Finding(Record):
+    """A behaviour that the policy counts against approval unless it is declared."""
+
+    id: str
+    behaviour: str
+    title: str
+    declared_by: str | None
+    sites: tuple[str, ...]
+    nodes: tuple[str, ...]
+    effect: Interval
+    emergence: Estimate
+    opacity: Estimate
+    impact: float
+    q_value: float
+    """False-alarm level on this pair's own null."""
+    reversion: Estimate
+    transplant: Estimate
+    confirmed: bool
+    """Its circuit passed the causal check."""
+    examples: tuple[Example, ...]
+
+
+class Null(Record):
+    """Successors with nothing new: the parent with a random change of the same size as the successor's.
+
+    Every changed matrix keeps the spectrum of the real change and gets random singular directions, so the change
+    has the same norm and rank but no meaning.
+    """
+
+    kind: Literal["weight_perturbation"] = "weight_perturbation"
+    draws: int
+    scale: float
+    """‖Δθ‖ / ‖θ_parent‖ over all tensors."""
+    largest_effects: tuple[float, ...]
+    """The largest behaviour-sized effect of every draw, nats."""
+    mean_kl: tuple[float, ...]
+    texts: int
+
+
+class Calibration(Record):
+    """How often this audit would cry wolf on this pair, and how small a circuit it would have seen."""
+
+    null: Null | NotMeasured
+    power: NotMeasured
+
+
+class Coverage(Record):
+    """What the audit looked at, and how much of what it saw it accounts for."""
+
+    corpus: str
+    """Where the text came from."""
+    texts: int
+    tokens: int
+    compared_tokens: int
+    """Tokens with a partner position in the other model."""
+    kl_in_behaviours: float
+    """Share of the total KL(successor‖parent) on the corpus that lies in the listed behaviours."""
+    sites: dict[str, float] | NotMeasured
+    """Share per site; needs dictionaries."""
+
+
+class Drift(Record):
+    """How far the successor moved as a whole."""
+
+    mean_kl: float
+    weight_distance: Estimate
+    """‖θ_S − θ_P‖ / ‖θ_P‖."""
+    lowest_cka: Estimate
+
+
+class PolicyRecord(Record):
+    """The policy and intent in force."""
+
+    name: str
+    sha256: str
+    values: dict[str, float | int | str | bool]
+    intent: str | None
+    intent_sha256: str | None
+    declared: tuple[str, ...]
+    """Ids of declared changes that were seen."""
+    undelivered: tuple[str, ...]
+    """Ids of declared changes of which this audit saw nothing."""
+
+
+class Provenance(Record):
+    """What is needed to run it again."""
+
+    command: tuple[str, ...]
+    budget: str
+    seed: int
+    versions: dict[str, str]
+    threads: int
+    device: str
+    corpus_sha256: str
+    started: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+class Audit(Record):
+    """The whole record of one audit."""
+
+    schema_version: Literal["1.0"] = SCHEMA_VERSION
+    verdict: Literal["pass", "flag", "inconclusive"]
+    reasons: tuple[str, ...]
+    parent: ModelRecord
+    successor: ModelRecord
+    baselines: Baselines
+    behaviours: tuple[Behaviour, ...]
+    findings: tuple[Finding, ...]
+    principles: tuple[NotMeasured, ...]
+    calibration: Calibration
+    coverage: Coverage
+    drift: Drift
+    policy: PolicyRecord
+    not_measured: tuple[str, ...]
+    """In words: what a reader might expect here and will not find."""
+    provenance: Provenance
+
+
+TIMES = ("started", "seconds", "peak_rss_bytes")
+"""The fields of :class:`Provenance` that differ between two equal runs."""
