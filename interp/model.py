@@ -1,7 +1,7 @@
 """One language model seen from inside: run it, capture at named sites, edit at named sites. Nothing else."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +91,8 @@ class Model:
             SiteError: a name this model does not have.
         """
         seen: dict[str, Tensor] = {}
-        with self._hooked(edits or {}, readers=self._readers(sites, seen, stop=True)):
-            try:
-                self.bridge.original_model(tokens, use_cache=False)
-            except _EnoughSeen:
-                pass
+        with self._hooked(edits or {}, readers=self._readers(sites, seen, stop=True)), suppress(_EnoughSeen):
+            self.bridge.original_model(tokens, use_cache=False)
         return {name: seen[name] for name in sites}
 
     def logits_and_capture(
@@ -174,15 +171,13 @@ class Model:
         return [(site.hook, reader(name, site)) for name, site in sites.items()]
 
     @contextmanager
-    def _hooked(
-        self, edits: Mapping[str, Edit], readers: Sequence[tuple[str, Edit]] = ()
-    ) -> Iterator[None]:
+    def _hooked(self, edits: Mapping[str, Edit], readers: Sequence[tuple[str, Edit]] = ()) -> Iterator[None]:
         # Edits go in before readers, so that a captured value is the edited one.
         wanted = [(self.site(name).hook, edit) for name, edit in edits.items()] + list(readers)
         points = {hook: self.bridge.hook_dict[hook] for hook, _ in wanted}
         try:
             for hook, function in wanted:
-                points[hook].add_hook(lambda value, hook, function=function: function(value))
+                points[hook].add_hook(lambda tensor, hook, function=function: function(tensor))
             yield
         finally:
             for point in points.values():
