@@ -146,6 +146,10 @@ class Model:
         ids = out["input_ids"][: self.shape.n_ctx]
         return Encoded(text, tuple(ids), tuple((int(a), int(b)) for a, b in out["offset_mapping"][: len(ids)]))
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Character spans of all tokens of ``text``, however long."""
+        return [(int(a), int(b)) for a, b in self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Token ids as text, special tokens kept."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
