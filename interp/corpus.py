@@ -113,7 +113,7 @@ def _files(path: Path) -> list[Path]:
         if not path.is_file():
             raise CorpusError("not a regular file", where=str(path), remedy=_FORMATS)
         return [path]
-    except (OSError, ValueError) as fault:  # ValueError: a NUL in the path
+    except OSError as fault:
         raise _unreadable(path, fault) from fault
 
 
