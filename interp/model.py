@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Model:
     def __init__(self, bridge: "TransformerBridge", tokenizer: Any, *, spec: str, digest: str, floor: float) -> None:
         self.bridge, self.tokenizer = bridge, tokenizer
         self.spec, self.digest, self.floor = spec, digest, floor
-        cfg, hf = bridge.cfg, bridge.original_model
+        cfg, hf = bridge.cfg, cast(Any, bridge.original_model)
         self.shape = Shape(
             architecture=type(hf).__name__,
             n_layers=int(cfg.n_layers),
