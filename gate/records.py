@@ -69,6 +69,16 @@ class TokenChange(Record):
     """Positions it was counted at."""
 
 
+class MinedToken(Record):
+    """A token whose log-probability moved most at many positions (diff mining, arXiv 2608.26462)."""
+
+    token: str
+    count: int
+    """Positions at which it was among the 20 tokens that moved most in this direction."""
+    share: float
+    """``count`` over all compared positions."""
+
+
 class Divergence(Record):
     """Per-token KL over the audited text. Source: relative entropy, Kullback & Leibler 1951."""
 
@@ -144,9 +154,9 @@ class Baselines(Record):
     """Cheap read-outs that need no circuits; they also propose the behaviours."""
 
     divergence: Divergence
-    raised_tokens: tuple[TokenChange, ...]
-    """Tokens whose logit rises most often (diff mining, arXiv 2608.26462)."""
-    lowered_tokens: tuple[TokenChange, ...]
+    raised_tokens: tuple[MinedToken, ...]
+    """Tokens whose log-probability rises most often from parent to successor."""
+    lowered_tokens: tuple[MinedToken, ...]
     amplified: tuple[AmplifiedSample, ...]
     weights: tuple[WeightReadout, ...] | NotMeasured
     mean_differences: tuple[MeanDifference, ...] | NotMeasured
@@ -292,20 +302,23 @@ class Finding(Record):
 
 
 class Null(Record):
-    """Successors with nothing new: the parent with a random change of the same size as the successor's.
+    """Successors with nothing new: the parent with a meaningless change of the same size as the successor's.
 
-    Every changed matrix keeps the spectrum of the real change and gets random singular directions, so the change
-    has the same norm and rank but no meaning.
+    Every changed tensor's rows and columns are shuffled and signed at random (between architectures: noise), and the
+    change is scaled until the 95th percentile of per-token KL equals the pair's.
     """
 
-    kind: Literal["weight_perturbation"] = "weight_perturbation"
+    kind: Literal["scrambled_change", "noise"]
     draws: int
     scale: float
-    """‖Δθ‖ / ‖θ_parent‖ over all tensors."""
+    """Factor the change was multiplied by to reach the same size."""
+    size: float
+    """The 95th percentile of per-token KL(successor‖parent) that was matched, nats."""
     largest_effects: tuple[float, ...]
     """The largest behaviour-sized effect of every draw, nats."""
     mean_kl: tuple[float, ...]
-    texts: int
+    tokens: int
+    """Tokens every draw was compared on."""
 
 
 class Calibration(Record):
