@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PARTS := interp kernels circuits gate zoo
+PARTS := interp kernels circuits gate zoo examples
 
 # The checkout holds folders called `kernels` and `circuits`; other packages look for modules of those names, so the
 # current directory must not get on the import path.
