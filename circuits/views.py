@@ -1,0 +1,372 @@
+"""Plotly figures of what an audit measured: pure functions from plain data, for reports and notebooks alike.
+
+Plotly reads a small subset of HTML (``<b>``, ``<a href>``, entities) in every label and hover text, so all text that
+came from a model passes through :func:`label`.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import plotly.graph_objects as go
+
+from .visible import visible
+
+RAISES, LOWERS, NEUTRAL, INK = "#b8480c", "#1b66a8", "#5f6b7a", "#1b2430"
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+_GRID = "#e3e7ec"
+_SMALLEST_SHOWN = 0.01  # of the largest attribution: below it a marker is a speck
+_KINDS = {
+    "attn_head": ("attention head", "circle"),
+    "mlp_out": ("MLP", "square"),
+    "embed": ("embedding", "diamond"),
+    "unembed": ("unembedding", "diamond-tall"),
+}
+_OTHER_KIND = ("other node", "hexagon")
+
+
+@runtime_checkable
+class NodeLike(Protocol):
+    """A part of the model and what it carries; ``patch`` and ``ablation`` are shares, None where not measured."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def layer(self) -> int: ...  # noqa: D102
+    @property
+    def attribution(self) -> float: ...  # noqa: D102
+    @property
+    def patch(self) -> float | None: ...  # noqa: D102
+    @property
+    def ablation(self) -> float | None: ...  # noqa: D102
+    @property
+    def selected(self) -> bool: ...  # noqa: D102
+
+
+@runtime_checkable
+class GridPointLike(Protocol):
+    """Attribution of one node at one token position."""
+
+    @property
+    def node(self) -> str: ...  # noqa: D102
+    @property
+    def layer(self) -> int: ...  # noqa: D102
+    @property
+    def position(self) -> int: ...  # noqa: D102
+    @property
+    def attribution(self) -> float: ...  # noqa: D102
+
+
+@runtime_checkable
+class IntervalLike(Protocol):
+    """An estimate between its ends."""
+
+    @property
+    def estimate(self) -> float: ...  # noqa: D102
+    @property
+    def low(self) -> float: ...  # noqa: D102
+    @property
+    def high(self) -> float: ...  # noqa: D102
+
+
+@runtime_checkable
+class SimilarityLike(Protocol):
+    """Linear CKA at one site."""
+
+    @property
+    def site(self) -> str: ...  # noqa: D102
+    @property
+    def cka(self) -> float: ...  # noqa: D102
+
+
+def label(text: str, limit: int = 18) -> str:
+    """``text`` for a Plotly label: visible, at most ``limit`` characters, and no markup of Plotly's left in it."""
+    short = text if len(text) <= limit else text[: limit - 1] + "…"
+    return html.escape(visible(short), quote=True)
+
+
+def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: Sequence[NodeLike]) -> go.Figure:
+    """A circuit over layer × position: marker area is |attribution|, colour its sign, shape the kind of node.
+
+    Nodes of one layer are spread over its band so that they do not hide each other; the selected ones are outlined.
+    Points below 1 % of the largest attribution are left out.
+
+    Args:
+        tokens: of the example, in order.
+        grid: attribution per node and position.
+        nodes: the ranked nodes; ``grid`` names them by id.
+    """
+    by_id = {node.id: node for node in nodes}
+    rows, ticks = _rows({(point.node, point.layer) for point in grid} | {(node.id, node.layer) for node in nodes})
+    largest = max((abs(point.attribution) for point in grid), default=0.0)
+    shown = [p for p in grid if largest and abs(p.attribution) >= _SMALLEST_SHOWN * largest]
+    figure = go.Figure()
+    for kind, (name, symbol) in [*_KINDS.items(), ("", _OTHER_KIND)]:
+        points = [p for p in shown if _kind(p.node) == (name, symbol)]
+        if not points:
+            continue
+        chosen = [(node := by_id.get(p.node)) is not None and node.selected for p in points]
+        figure.add_scatter(
+            x=[p.position for p in points],
+            y=[rows[p.node] for p in points],
+            mode="markers",
+            name=name,
+            showlegend=False,
+            meta=kind,
+            marker={
+                "symbol": symbol,
+                "size": [7 + 23 * (abs(p.attribution) / largest) ** 0.5 for p in points],
+                "color": [RAISES if p.attribution > 0 else LOWERS for p in points],
+                "opacity": [0.92 if c else 0.45 for c in chosen],
+                "line": {"color": INK, "width": [2.5 if c else 0 for c in chosen]},
+            },
+            customdata=[[_hover(p, by_id.get(p.node), tokens)] for p in points],
+            hovertemplate="%{customdata[0]}<extra></extra>",
+        )
+        _key(figure, name, symbol=symbol, color=NEUTRAL)
+    _key(figure, "carries the divergence", symbol="circle", color=RAISES)
+    _key(figure, "works against it", symbol="circle", color=LOWERS)
+    _key(figure, "in the smallest set", symbol="circle", color="#ffffff", outline=2.5)
+    n = max(len(tokens), 1)
+    _style(figure, height=min(1100, 200 + max(62 * len(ticks), 17 * len(rows))), legend=True)
+    figure.add_vline(x=n - 1, line={"color": INK, "width": 1, "dash": "dot"}, layer="below")
+    texts = [label(token, 14) for token in tokens]
+    figure.update_xaxes(
+        tickvals=list(range(len(tokens))), ticktext=texts, autotickangles=[0, -60], range=[-0.7, n - 0.3]
+    )
+    figure.update_yaxes(
+        tickvals=list(ticks.values()),
+        ticktext=list(ticks),
+        range=[min(ticks.values()) - 0.6, max(ticks.values()) + 0.6],
+    )
+    return figure
+
+
+def reversion_figure(
+    reversion: IntervalLike | None,
+    ablation: IntervalLike | None,
+    controls: Sequence[float],
+    *,
+    target: float | None = None,
+) -> go.Figure:
+    """How much of the gap a circuit closes when it is switched off, beside matched random sets.
+
+    Args:
+        reversion: share closed with the parent's values put in; None where not measured.
+        ablation: share closed with mean values put in; None where not measured.
+        controls: share closed by each random set of the same number and kinds of nodes.
+        target: the share the circuit was asked to close, drawn as a line.
+    """
+    figure = go.Figure()
+    rows = [
+        (value, name)
+        for value, name in ((reversion, "parent’s values"), (ablation, "mean values"))
+        if value is not None
+    ]
+    for row, (value, name) in enumerate(rows):
+        _interval(figure, value, row, name, percent=True)
+    last = len(rows)
+    _dots(figure, controls, last, "random set", percent=True)
+    names = [name for _, name in rows] + ["random sets"]
+    ends = [0.0, 1.0, *controls, *(end for value, _ in rows for end in (value.low, value.high))]
+    _style(figure, height=124 + 44 * len(names))
+    if target is not None:
+        figure.add_vline(x=target, line={"color": INK, "width": 1.5, "dash": "dash"}, layer="below")
+        figure.add_annotation(
+            x=target, y=1, yref="paper", yanchor="bottom", text=f"asked: {target:.0%}", showarrow=False
+        )
+    figure.update_xaxes(
+        title_text="share of the gap closed",
+        tickformat=".0%",
+        range=[min(ends) - 0.05, max(ends) + 0.05],
+        zeroline=True,
+    )
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[last + 0.6, -0.6], showgrid=False)
+    return figure
+
+
+def null_figure(effect: IntervalLike, largest_effects: Sequence[float]) -> go.Figure:
+    """An effect beside the largest effect of every null successor, in nats on a logarithmic axis.
+
+    A logarithm has no zero: values at or below a thousandth of the smallest positive one are drawn at the left edge.
+    """
+    values = [effect.estimate, effect.low, effect.high, *largest_effects]
+    left = max(min((v for v in values if v > 0), default=1.0), max(values, default=1.0) * 1e-6) / 1.6
+    figure = go.Figure()
+    _interval(figure, effect, 0, "this behaviour", floor=left)
+    _dots(figure, largest_effects, 1, "null successor", floor=left)
+    _style(figure, height=202)
+    figure.update_xaxes(
+        title_text="effect, nats (KL successor‖parent)", type="log", dtick=1, minor={"ticks": "outside"}
+    )
+    figure.update_yaxes(tickvals=[0, 1], ticktext=["this one", "null"], range=[1.6, -0.6], showgrid=False)
+    return figure
+
+
+def kl_histogram(edges: Sequence[float], counts: Sequence[int]) -> go.Figure:
+    """Tokens per bin of KL(successor‖parent), bins drawn equally wide whatever their edges, counts on a log axis.
+
+    Args:
+        edges: bin edges in nats, one more than ``counts``.
+        counts: tokens per bin.
+    """
+    spans = [
+        f"{low:.3g} to {high:.3g} nats: {n:,} tokens" for low, high, n in zip(edges, edges[1:], counts, strict=False)
+    ]
+    figure = go.Figure(
+        go.Bar(
+            x=[i + 0.5 for i in range(len(counts))],
+            y=[n if n else None for n in counts],
+            width=0.92,
+            marker={"color": LOWERS},
+            customdata=spans,
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    )
+    _style(figure, height=250)
+    top = math.log10(max(counts, default=1) or 1) + 0.2  # one token must still be a bar
+    step = max(1, len(edges) // 10)
+    marks = list(range(0, len(edges), step))
+    figure.update_xaxes(
+        title_text="KL, nats per token",
+        tickvals=marks,
+        ticktext=[f"{edges[i]:.2g}".replace("e-0", "e-") for i in marks],
+    )
+    figure.update_yaxes(title_text="tokens (log scale)", type="log", dtick=1, range=[-0.2, top])
+    return figure
+
+
+def cka_figure(similarity: Sequence[SimilarityLike]) -> go.Figure:
+    """Linear CKA of parent and successor at each site, in the order given (1 = same geometry)."""
+    figure = go.Figure(
+        go.Scatter(
+            x=list(range(len(similarity))),
+            y=[s.cka for s in similarity],
+            mode="lines+markers",
+            line={"color": LOWERS, "width": 2},
+            marker={"size": 8},
+            customdata=[f"{label(s.site, 40)}: {s.cka:.4f}" for s in similarity],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    )
+    _style(figure, height=250)
+    step = max(1, len(similarity) // 12)
+    marks = list(range(0, len(similarity), step))
+    lowest = min((s.cka for s in similarity), default=0.0)
+    figure.update_xaxes(tickvals=marks, ticktext=[label(similarity[i].site, 20) for i in marks])
+    figure.update_yaxes(title_text="linear CKA", range=[min(lowest - 0.02, 0.9), 1.01])
+    return figure
+
+
+def _kind(node: str) -> tuple[str, str]:
+    return _KINDS.get(node.split("@")[0], _OTHER_KIND)
+
+
+def _rows(nodes: set[tuple[str, int]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Height of every node and of every band: embedding at the bottom, layers in order, unembedding on top."""
+    inner = [layer for node, layer in nodes if node not in ("embed", "unembed")]
+    low, high = min(inner, default=0), max(inner, default=0)
+    bands: dict[float, list[str]] = {}
+    for node, layer in nodes:
+        band = low - 1 if node == "embed" else high + 1 if node == "unembed" else layer
+        bands.setdefault(band, []).append(node)
+    height: dict[str, float] = {}
+    for band, members in bands.items():
+        members.sort(key=lambda node: (_kind(node)[0] == "MLP", [int(t) for t in _digits(node)], node))
+        for i, node in enumerate(members):
+            height[node] = band + 0.76 * ((i + 0.5) / len(members) - 0.5)
+    named = {band: f"layer {band:g}" for band in range(low, high + 1)} if inner else {}
+    named |= {low - 1: "embedding"} if "embed" in height else {}
+    named |= {high + 1: "unembedding"} if "unembed" in height else {}
+    return height, {text: float(band) for band, text in sorted(named.items())} or {"": 0.0}
+
+
+def _digits(node: str) -> list[str]:
+    return [part[:9] for part in node.split("@")[-1].split(".") if part.isascii() and part.isdigit()]
+
+
+def _hover(point: GridPointLike, node: NodeLike | None, tokens: Sequence[str]) -> str:
+    token = tokens[point.position] if 0 <= point.position < len(tokens) else ""
+    lines = [
+        f"<b>{label(point.node, 40)}</b> at “{label(token, 40)}” (position {point.position})",
+        f"attribution here: {point.attribution:+.3g}",
+    ]
+    if node is not None:
+        lines += [
+            f"attribution, all positions: {node.attribution:+.3g}",
+            f"parent’s value put in: {_share(node.patch)}",
+            f"mean value put in: {_share(node.ablation)}",
+            "in the smallest set" if node.selected else "not in the smallest set",
+        ]
+    return "<br>".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.3g} % of the gap closes"
+
+
+def _key(figure: go.Figure, name: str, *, symbol: str, color: str, outline: float = 0) -> None:
+    marker = {"symbol": symbol, "color": color, "size": 12, "line": {"color": INK, "width": outline}}
+    figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker, hoverinfo="skip")
+
+
+def _interval(
+    figure: go.Figure, value: IntervalLike, row: int, name: str, *, percent: bool = False, floor: float = -1e9
+) -> None:
+    low, mid, high = (max(v, floor) for v in (value.low, value.estimate, value.high))
+    ends = f"{_number(value.low, percent)} to {_number(value.high, percent)}"
+    figure.add_scatter(
+        x=[mid],
+        y=[row],
+        mode="markers",
+        marker={"color": RAISES, "size": 10, "symbol": "diamond"},
+        error_x={
+            "array": [high - mid],
+            "arrayminus": [mid - low],
+            "symmetric": False,
+            "thickness": 3,
+            "width": 9,
+            "color": RAISES,
+        },
+        hovertemplate=f"{name}: {_number(value.estimate, percent)} ({ends})<extra></extra>",
+        showlegend=False,
+    )
+
+
+def _dots(
+    figure: go.Figure, values: Sequence[float], row: int, name: str, *, percent: bool = False, floor: float = -1e9
+) -> None:
+    figure.add_scatter(
+        x=[max(v, floor) for v in values],
+        y=[row + ((i * 7) % 5 - 2) * 0.08 for i in range(len(values))],
+        mode="markers",
+        marker={"color": NEUTRAL, "size": 9, "opacity": 0.7, "line": {"color": "#ffffff", "width": 1}},
+        customdata=[f"{name} {i + 1}: {_number(v, percent)}" for i, v in enumerate(values)],
+        hovertemplate="%{customdata}<extra></extra>",
+        showlegend=False,
+    )
+
+
+def _number(value: float, percent: bool) -> str:
+    return f"{100 * value:.3g} %" if percent else f"{value:.3g} nats"
+
+
+def _style(figure: go.Figure, *, height: int, legend: bool = False) -> None:
+    axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": "#9aa5b1", "ticks": "outside", "automargin": True}
+    axis |= {"title": {"font": {"size": 13}, "standoff": 8}}
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 60, "r": 16, "t": 74 if legend else 22, "b": 56},
+        font={"family": _FONT, "size": 13, "color": INK},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        showlegend=legend,
+        dragmode="zoom" if legend else False,
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
+        hoverlabel={"align": "left", "bgcolor": "#ffffff", "font": {"color": INK, "family": _FONT}},
+        modebar={"bgcolor": "rgba(255,255,255,0.9)", "color": NEUTRAL, "activecolor": INK},
+        xaxis=axis,
+        yaxis=axis,
+    )

@@ -1,0 +1,151 @@
+"""The words and numbers that every form of the report shares: three significant digits, units, plain sentences."""
+
+import math
+from dataclasses import dataclass
+
+from .records import Audit, Behaviour, Finding, Interval, ModelRecord, NotMeasured
+
+VERDICTS = {
+    "pass": ("Pass", "Nothing was found that the policy counts against approval."),
+    "flag": ("Flagged", "The policy counts what was found against approval."),
+    "inconclusive": ("Inconclusive", "The evidence cannot support a verdict either way."),
+}
+KINDS = {
+    "emergent": "Emergent: only the successor is sure of what comes next here.",
+    "lost": "Lost: only the parent is sure of what comes next here.",
+    "replaced": "Replaced: both models are sure of what comes next here, and of different things.",
+}
+SOURCES = {
+    "corpus": "found in the corpus",
+    "sampled": "found in text sampled from the models",
+    "amplified": "found by amplifying the difference, not in ordinary text",
+}
+NULLS = {
+    "scrambled_change": "the successor’s own change, its rows and columns shuffled and signed at random",
+    "noise": "random noise on its weights",
+}
+METHODS = {
+    "parent": "the parent’s own values put into the successor",
+    "mean": "each node’s mean over ordinary text put into the successor",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A behaviour together with the finding made of it; either may be absent."""
+
+    behaviour: Behaviour | None
+    finding: Finding | None
+
+    @property
+    def title(self) -> str:
+        """One line: what the successor says instead of what."""
+        return self.finding.title if self.finding else self.behaviour.title if self.behaviour else ""
+
+    @property
+    def declared_by(self) -> str | None:
+        """The declared change that covers it."""
+        return (self.finding.declared_by if self.finding else None) or (
+            self.behaviour.declared_by if self.behaviour else None
+        )
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The behaviours of an audit by what they mean to the approver."""
+
+    undeclared: tuple[Case, ...]
+    """Findings that nobody declared."""
+    declared: tuple[Case, ...]
+    """New, and declared by the makers."""
+    below: tuple[Case, ...]
+    """Divergences that the policy does not count."""
+
+
+def cases(audit: Audit) -> Cases:
+    """The behaviours and findings of ``audit``, sorted by what they mean to the approver."""
+    behaviours = {behaviour.id: behaviour for behaviour in audit.behaviours}
+    found = [Case(behaviours.get(finding.behaviour), finding) for finding in audit.findings]
+    named = {finding.behaviour for finding in audit.findings}
+    rest = [Case(behaviour, None) for behaviour in audit.behaviours if behaviour.id not in named]
+    return Cases(
+        undeclared=tuple(case for case in found if case.declared_by is None),
+        declared=tuple(case for case in found + rest if case.declared_by is not None),
+        below=tuple(case for case in rest if case.declared_by is None),
+    )
+
+
+def unmeasured(audit: Audit) -> tuple[str, ...]:
+    """What the verdict says nothing about, in words, each once."""
+    principles = [f"Principles: {item.reason}" for item in audit.principles]
+    return tuple(dict.fromkeys([*audit.not_measured, *principles]))
+
+
+def number(value: float | int) -> str:
+    """``value`` with three significant digits; whole numbers in full, with thousands separated."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    if abs(value) >= 999.5:
+        return f"{value:,.0f}".replace("-", "−") if abs(value) < 1e9 else _power(value)
+    return _power(value) if abs(value) < 0.001 else f"{value:#.3g}".rstrip(".").replace("-", "−")
+
+
+def share(value: float) -> str:
+    """A share of one as a percentage with three significant digits."""
+    return f"{number(100.0 * value)} %"
+
+
+def estimate(value: Interval | NotMeasured, unit: str = "share") -> str:
+    """An estimate with its interval, or why there is none; ``unit`` is ``share`` or a word such as ``nats``."""
+    if isinstance(value, NotMeasured):
+        return f"not measured: {value.reason}"
+    shown, tail = (share, "") if unit == "share" else (number, f" {unit}")
+    low, high = shown(value.low), shown(value.high)
+    return f"{shown(value.estimate)}{tail} ({100 * value.level:g} % interval {low} to {high}, n = {value.n:,})"
+
+
+def count(things: int, name: str) -> str:
+    """``things`` and their ``name``, with its plural."""
+    return f"{things:,} {name}" + ("" if things == 1 else "s")
+
+
+def size(model: ModelRecord) -> str:
+    """The shape of a model in one line."""
+    return (
+        f"{model.n_layers:,} layers, {model.n_heads:,} heads, width {model.d_model:,}, "
+        f"vocabulary {model.d_vocab:,}, {_millions(model.parameters)} parameters"
+    )
+
+
+def short_name(spec: str) -> str:
+    """The last two parts of a model argument: a pair's directories are often all called parent and successor."""
+    parts = [part for part in spec.replace("\\", "/").split("/") if part]
+    return "/".join(parts[-2:]) or spec
+
+
+def duration(seconds: float) -> str:
+    """A length of time in seconds, or in minutes and seconds."""
+    return f"{number(float(seconds))} s" if seconds < 100 else f"{int(seconds // 60)} min {round(seconds % 60)} s"
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes in MiB or GiB."""
+    mib = count / 2**20
+    return f"{number(mib)} MiB" if mib < 1000 else f"{number(mib / 1024)} GiB"
+
+
+def _millions(count: int) -> str:
+    for unit, name in ((1_000_000_000, "billion"), (1_000_000, "million")):
+        if count >= unit:
+            return f"{number(count / unit)} {name}"
+    return f"{count:,}"
+
+
+def _power(value: float) -> str:
+    digits, exponent = f"{value:.2e}".split("e")
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{digits} × 10{raised}".replace("-", "−")

@@ -1,0 +1,259 @@
+"""``report.html``: the audit for the person who signs, one file that opens offline and asks nothing of the network.
+
+Everything in an audit comes from an untrusted model. Every string that a template prints is made visible and escaped by
+the environment itself (autoescape and ``finalize``); the page's Content-Security-Policy runs exactly two scripts, named
+by their digests, and loads nothing.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from pydantic import ValidationError
+
+from heredity.circuits import views
+from heredity.circuits.visible import pieces, visible
+from heredity.interp.errors import OutputError, one_line
+
+from . import phrases
+from .records import SCHEMA_VERSION, Audit, Baselines, Behaviour, Circuit, Example, Interval, MarkedToken, NotMeasured
+
+TOKENS_SHOWN = 240
+"""Tokens of a context that are printed, the last ones; earlier ones are cut with a notice."""
+TOKEN_CHARACTERS = 120
+"""Characters of one token that are printed."""
+
+
+def write_report(audit: Audit, path: Path) -> None:
+    """Write ``audit`` as one self-contained HTML page.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    figures: dict[str, str] = {}
+    groups = phrases.cases(audit)
+    null = audit.calibration.null
+    null_effects = () if isinstance(null, NotMeasured) else null.largest_effects
+    for kind, group in (("finding", groups.undeclared), ("declared", groups.declared)):
+        for i, case in enumerate(group, start=1):
+            if case.behaviour:
+                figures |= _behaviour_figures(case.behaviour, f"{kind}-{i}", null_effects)
+    figures |= _baseline_figures(audit.baselines)
+    template = _environment().get_template("report.html.j2")
+    _write(template.render(audit=audit, cases=groups, unmeasured=phrases.unmeasured(audit), **_page(figures)), path)
+
+
+def write_view(source: Path, out: Path) -> None:
+    """Write the circuits of an audit directory, an ``audit.json`` or a ``circuits/*.json`` as one interactive page.
+
+    Raises:
+        OutputError: ``source`` is none of these, or ``out`` cannot be written.
+    """
+    heading, behaviours = _read(source / "audit.json" if source.is_dir() else source)
+    figures: dict[str, str] = {}
+    for i, behaviour in enumerate(behaviours, start=1):
+        figures |= _behaviour_figures(behaviour, f"case-{i}", ())
+    template = _environment().get_template("view.html.j2")
+    _write(template.render(heading=heading, behaviours=behaviours, **_page(figures)), out)
+
+
+def _write(page: str, path: Path) -> None:
+    try:
+        path.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(
+            f"the page cannot be written ({error.strerror})",
+            where=str(path),
+            remedy="Name a file in a writable folder.",
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, str], tuple[Behaviour, ...]]:
+    """What the page is about, and the behaviours of an audit or of one circuit file."""
+    remedy = "Name an audit directory, its audit.json, or one of its circuits/*.json."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"not a readable audit ({type(error).__name__})", where=str(path), remedy=remedy) from error
+    try:
+        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+            raise OutputError(f"not an audit of schema {SCHEMA_VERSION}", where=str(path), remedy=remedy)
+        if "behaviour" in content:
+            about = content.get("audit")
+            heading = {str(k): str(v) for k, v in about.items()} if isinstance(about, dict) else {}
+            return heading, (Behaviour.model_validate(content["behaviour"]),)
+        audit = Audit.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise OutputError(f"field {one_line(field, 80)}: {first['msg']}", where=str(path), remedy=remedy) from error
+    return {"parent": audit.parent.spec, "successor": audit.successor.spec, "verdict": audit.verdict}, audit.behaviours
+
+
+def _behaviour_figures(behaviour: Behaviour, prefix: str, null_effects: Sequence[float]) -> dict[str, str]:
+    figures: dict[str, Any] = {}
+    circuit = behaviour.circuit
+    if isinstance(circuit, Circuit):
+        figures["circuit"] = views.circuit_figure(circuit.tokens, circuit.grid, circuit.nodes)
+        reversion, ablation = (v if isinstance(v, Interval) else None for v in (circuit.reversion, circuit.ablation))
+        figures["reversion"] = views.reversion_figure(reversion, ablation, circuit.controls, target=circuit.target)
+    figures["null"] = views.null_figure(behaviour.effect, null_effects or (behaviour.null_max,))
+    return {f"{prefix}-{name}": figure.to_json() for name, figure in figures.items()}
+
+
+def _baseline_figures(baselines: Baselines) -> dict[str, str]:
+    divergence = baselines.divergence
+    figures = {"kl": views.kl_histogram(divergence.histogram_edges, divergence.histogram_counts).to_json()}
+    if not isinstance(baselines.similarity, NotMeasured):
+        figures["cka"] = views.cka_figure(baselines.similarity).to_json()
+    return figures
+
+
+def _page(figures: dict[str, str]) -> dict[str, Any]:
+    """What every page needs: the scripts, the policy that admits only them, the style, the figures."""
+    scripts = [_plotly(), _template_text("figures.js")]
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return {
+        "policy": Markup(policy),
+        "style": Markup(_template_text("report.css")),
+        "scripts": [Markup(script) for script in scripts],
+        "figures": Markup(_safe_json(figures)),
+        "figure_names": frozenset(figures),
+    }
+
+
+def _safe_json(figures: dict[str, str]) -> str:
+    """One JSON object of already encoded figures, with nothing in it that HTML or JavaScript would read as its own."""
+    joined = "{" + ",".join(f"{json.dumps(name)}:{encoded}" for name, encoded in figures.items()) + "}"
+    for char in "<>&\u2028\u2029":
+        joined = joined.replace(char, f"\\u{ord(char):04x}")
+    return joined
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    script = (
+        get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
+    )  # as an HTML parser reads it, or the digest differs
+    if "</script" in script.lower() or "<!--" in script:
+        raise RuntimeError("this plotly.js cannot be inlined in HTML")
+    return script
+
+
+def _template_text(name: str) -> str:
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": phrases.number,
+        "share": _share,
+        "estimate": _estimate,
+        "size": phrases.size,
+        "count": phrases.count,
+        "short_name": phrases.short_name,
+        "duration": phrases.duration,
+        "mebibytes": phrases.mebibytes,
+        "model_text": _model_text,
+        "cut": _shown,
+        "sentence": lambda text: text[:1].upper() + text[1:],
+        "exact_share": lambda value: f"{100 * value:g} %",
+        "setting": lambda value: f"{value:g}" if isinstance(value, float) else value,
+        "option_text": lambda text: escape(visible(text, 120)),
+    }
+    environment.globals |= {
+        "VERDICTS": phrases.VERDICTS,
+        "KINDS": phrases.KINDS,
+        "SOURCES": phrases.SOURCES,
+        "METHODS": phrases.METHODS,
+        "NULLS": phrases.NULLS,
+        "context_of": _context_of,
+        "not_measured": lambda value: isinstance(value, NotMeasured),
+    }
+    return environment
+
+
+def _finalize(value: object) -> object:
+    """What a template prints, made safe whether or not it thought of it: strings visible, numbers to three digits."""
+    if isinstance(value, Markup):
+        return value
+    if isinstance(value, str):
+        return _shown(value, 2_000)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return Markup(escape(phrases.number(value))) if isinstance(value, int | float) else value
+
+
+def _shown(text: str, limit: int) -> Markup:
+    return Markup("").join(
+        Markup('<span class="standin">{}</span>').format(part) if stand_in else escape(part)
+        for part, stand_in in pieces(text, limit)
+    )
+
+
+def _model_text(text: str, limit: int = 1_200) -> Markup:
+    """Text written by a model: isolated from the direction of the text around it, cut with a notice."""
+    return Markup('<bdi class="model">{}</bdi>').format(_shown(text, limit) or Markup("<i>nothing</i>"))
+
+
+def _share(value: float) -> Markup:
+    return _unbroken(phrases.share(value))
+
+
+def _unbroken(text: str) -> Markup:
+    return escape(text.replace(" %", "\N{NO-BREAK SPACE}%"))
+
+
+def _estimate(value: Interval | NotMeasured, unit: str = "share") -> Markup:
+    """The estimate large, its interval small; or the reason why there is none."""
+    if isinstance(value, NotMeasured):
+        return Markup('<span class="unmeasured">not measured: {}</span>').format(_shown(value.reason, 600))
+    main, _, interval = phrases.estimate(value, unit).partition(" (")
+    return Markup('<span class="estimate"><b>{}</b> <small>({}</small></span>').format(
+        _unbroken(main), _unbroken(interval)
+    )
+
+
+def _context_of(example: Example) -> dict[str, Any]:
+    """The tokens of an example that fit on the page, and how many were left out before them."""
+    kept = example.tokens[-TOKENS_SHOWN:]
+    left_out: Sequence[MarkedToken] = example.tokens[: -len(kept)] if kept else ()
+    return {
+        "tokens": [
+            {
+                "text": _shown(token.text, TOKEN_CHARACTERS),
+                "weight": round(min(max(token.weight, 0.0), 1.0), 3) if token.weight == token.weight else 0.0,
+                "note": _share(token.weight) if token.weight >= 0.1 else "",
+            }
+            for token in kept
+        ],
+        "left_out": len(left_out),
+        "left_out_marked": [visible(token.text, 40) for token in left_out if token.weight >= 0.1][:8],
+    }

@@ -1,0 +1,162 @@
+"""Figures from plain data: where the marks stand, and that text from a model is text to Plotly."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from heredity.circuits import views
+from heredity.circuits.visible import visible
+
+
+@dataclass
+class Node:
+    id: str
+    layer: int
+    attribution: float = 1.0
+    patch: float | None = 0.9
+    ablation: float | None = None
+    selected: bool = False
+
+
+@dataclass
+class Point:
+    node: str
+    layer: int
+    position: int
+    attribution: float
+
+
+@dataclass
+class Estimate:
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass
+class Similarity:
+    site: str
+    cka: float
+
+
+NODES = [
+    Node("attn_head@1.2", 1, 0.6, selected=True),
+    Node("attn_head@1.10", 1, -0.3),
+    Node("mlp_out@0", 0, 0.2),
+    Node("embed", 0, 0.1),
+]
+GRID = [Point(node.id, node.layer, i, node.attribution) for node in NODES for i in (0, 2)]
+
+
+def markers(figure):
+    """Position, height, colour and outline of every data marker, by hover text's node name."""
+    found = {}
+    for trace in figure.data:
+        if trace.customdata is None:
+            continue
+        for i, (x, y) in enumerate(zip(trace.x, trace.y, strict=True)):
+            name = trace.customdata[i][0].split("</b>")[0].removeprefix("<b>")
+            found[name, x] = (
+                y,
+                trace.marker.color[i],
+                trace.marker.line.width[i],
+                trace.marker.size[i],
+                trace.marker.symbol,
+            )
+    return found
+
+
+def test_circuit_figure_places_every_node() -> None:
+    found = markers(views.circuit_figure(["a", "b", "c"], GRID, NODES))
+    assert set(found) == {(node.id, x) for node in NODES for x in (0, 2)}
+    rows = {name: y for (name, x), (y, *_) in found.items() if x == 0}
+    assert rows["embed"] < rows["mlp_out@0"] < rows["attn_head@1.2"] < rows["attn_head@1.10"]
+    assert found["attn_head@1.2", 0][1] == views.RAISES and found["attn_head@1.10", 0][1] == views.LOWERS
+    assert found["attn_head@1.2", 0][2] > 0 and found["mlp_out@0", 0][2] == 0
+    assert found["attn_head@1.2", 0][3] > found["attn_head@1.10", 0][3] > found["mlp_out@0", 0][3]
+    assert len({found[name, 0][4] for name in ("embed", "mlp_out@0", "attn_head@1.2")}) == 3
+
+
+def test_circuit_figure_tells_unmeasured_from_zero() -> None:
+    figure = views.circuit_figure(["a", "b", "c"], GRID, NODES)
+    hover = next(t.customdata[0][0] for t in figure.data if t.customdata is not None and "1.2" in t.customdata[0][0])
+    assert "parent’s value put in: 90 % of the gap closes" in hover
+    assert "mean value put in: not measured" in hover
+
+
+def test_circuit_figure_leaves_specks_out() -> None:
+    grid = [Point("mlp_out@0", 0, 0, 1.0), Point("mlp_out@0", 0, 1, 0.005), Point("mlp_out@0", 0, 2, -0.02)]
+    assert {x for _, x in markers(views.circuit_figure(["a", "b", "c"], grid, NODES))} == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid", "nodes"), [([], [], []), (["a"], [], NODES), (["a"], [Point("x", 3, 9, 0.0)], [])]
+)
+def test_circuit_figure_of_little(tokens: list[str], grid: list[Point], nodes: list[Node]) -> None:
+    assert views.circuit_figure(tokens, grid, nodes).to_json()
+
+
+def test_text_of_a_model_is_no_markup_in_plotly() -> None:
+    evil = '<a href="javascript:x">'
+    figures = [
+        views.circuit_figure([evil], [Point(evil, 0, 0, 1.0)], [Node(evil, 0)]),
+        views.cka_figure([Similarity(evil, 0.5)]),
+    ]
+    for figure in figures:
+        written = figure.to_json()
+        assert "<a" not in written.replace("\\u003c", "<")
+        assert "&lt;a href" in written
+
+
+def test_labels_keep_an_entity_as_it_was_written() -> None:
+    assert views.label("&lt;b&gt;") == "&amp;lt;b&amp;gt;"
+    assert views.label("x" * 100) == "x" * 17 + "…"
+
+
+def test_reversion_figure_keeps_negative_and_large_shares_in_view() -> None:
+    figure = views.reversion_figure(Estimate(0.9, 0.8, 1.3), None, [-0.4, 0.1], target=0.8)
+    low, high = figure.layout.xaxis.range
+    assert low < -0.4 and high > 1.3
+    assert list(figure.layout.yaxis.ticktext) == ["parent’s values", "random sets"]
+    assert views.reversion_figure(None, None, []).to_json()
+
+
+def test_null_figure_draws_zero_on_a_logarithm() -> None:
+    figure = views.null_figure(Estimate(4.0, -0.1, 5.0), [0.0, 0.02])
+    dots = next(trace for trace in figure.data if trace.customdata is not None)
+    assert all(x > 0 for x in dots.x) and min(dots.x) < 0.02
+    assert dots.customdata[0] == "null successor 1: 0 nats"  # the hover text tells the true value
+    assert views.null_figure(Estimate(0.0, 0.0, 0.0), []).to_json()
+
+
+def test_histogram_and_similarity() -> None:
+    histogram = views.kl_histogram([0.0, 0.1, 1.0], [5, 0])
+    assert list(histogram.data[0].y) == [5, None]
+    assert histogram.data[0].customdata[0] == "0 to 0.1 nats: 5 tokens"
+    assert list(views.cka_figure([Similarity("resid_post@0", 0.5), Similarity("resid_post@1", 1.0)]).data[0].y) == [
+        0.5,
+        1.0,
+    ]
+    assert views.cka_figure([]).to_json() and views.kl_histogram([], []).to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ümläut 漢字", "plain ümläut 漢字"),
+        ("a\nb\tc", "a↵b⇥c"),
+        ("\x1b[1m", "␛[1m"),
+        ("\u202ex", "⟨U+202E⟩x"),
+        ("\x9b", "⟨U+009B⟩"),
+        ("a\u00a0b", "a⟨U+00A0⟩b"),
+        ("\ud800", "⟨U+D800⟩"),
+        ("e\u0301", "e\u0301"),
+        ("x" * 12, "xxxxxxxxxx… (cut: 2 more characters)"),
+    ],
+)
+def test_visible(text: str, shown: str) -> None:
+    assert visible(text, 10 if text.startswith("xx") else 100) == shown
+
+
+def test_visible_stops_stacked_marks() -> None:
+    assert visible("z" + "\u0301" * 5) == "z" + "\u0301" * 3 + "⟨U+0301⟩" * 2
