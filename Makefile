@@ -1,7 +1,7 @@
 # make demo   audit a successor with something new in it, then one with nothing new
 # make test   the whole test suite
 # make check  lint, format, types, import directions
-# make bench  speed and ground-truth benchmarks (long)
+# make bench  speed and ground-truth benchmarks (long); NNSIGHT_PYTHON=PATH adds nnsight, from an environment of its own
 # make setup  only make .venv, with the `heredity` command in it
 
 PYTHON ?= python3
@@ -65,7 +65,8 @@ check: setup
 
 bench: setup
 	$(BIN)/heredity example smollm2 --out demo/smollm2
-	$(BIN)/python benchmarks/capture.py demo/smollm2/parent
+	$(BIN)/python benchmarks/capture.py demo/smollm2/parent --record benchmarks/RESULTS.md \
+	    $(if $(NNSIGHT_PYTHON),--nnsight-python $(NNSIGHT_PYTHON))
 	$(BIN)/python benchmarks/zoo.py
 
 clean:
