@@ -169,7 +169,8 @@ def _wrap(hf: Any, tokenizer: Any, spec: str, digest: str, tolerance: float) -> 
 
     from .model import Model
 
-    hf.eval().requires_grad_(False)
+    hf.eval()
+    n_params = hf.num_parameters()
     # What the wrapper goes by, and what a hand-edited config.json need not say.
     hf.config.architectures = [type(hf).__name__]
     tokens, real = _probe(tokenizer, hf)
@@ -180,7 +181,10 @@ def _wrap(hf: Any, tokenizer: Any, spec: str, digest: str, tolerance: float) -> 
         theirs = copy.deepcopy(tokenizer)
         theirs.init_kwargs["add_bos_token"] = True
         bridge = TransformerBridge.boot_transformers("local/model", hf_model=hf, tokenizer=theirs, device="cpu")
+        # Only now: where query, key and value are one matrix the wrapper has made parameters of its own.
+        bridge.requires_grad_(False)
         model = Model(bridge, tokenizer, spec=spec, digest=digest, floor=0.0)
+        model.n_params = n_params
         hooked = model.logits(tokens).log_softmax(-1)[real]
     if not bare.isfinite().all():
         raise ModelError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Edit = Callable[[Tensor], Tensor]
+
+
+# Each set of hooks has a level of its own, so that a forward inside an edit of another leaves the outer hooks alone.
+_levels = count(1)
 
 
 class _EnoughSeen(Exception):
@@ -91,18 +96,18 @@ class Model:
             SiteError: a name this model does not have.
         """
         seen: dict[str, Tensor] = {}
-        with self._hooked(edits or {}, readers=self._readers(sites, seen, stop=True)), suppress(_EnoughSeen):
+        with self._hooked(edits or {}, sites, seen, stop=True), suppress(_EnoughSeen):
             self.bridge.original_model(tokens, use_cache=False)
-        return {name: seen[name] for name in sites}
+        return self._taken(sites, seen)
 
     def logits_and_capture(
         self, tokens: Tensor, sites: Sequence[str], *, edits: Mapping[str, Edit] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Both of the above in one forward."""
         seen: dict[str, Tensor] = {}
-        with self._hooked(edits or {}, readers=self._readers(sites, seen, stop=False)):
+        with self._hooked(edits or {}, sites, seen):
             logits = self.bridge.original_model(tokens, use_cache=False).logits
-        return logits, {name: seen[name] for name in sites}
+        return logits, self._taken(sites, seen)
 
     def step(self, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]:
         """Logits of the last position [batch, d_vocab] and the key-value cache, for decoding token by token.
@@ -156,36 +161,79 @@ class Model:
 
     # --- hooks ---
 
-    def _readers(self, names: Sequence[str], seen: dict[str, Tensor], stop: bool) -> list[tuple[str, Edit]]:
-        sites = {name: self.site(name) for name in names}
-
-        def reader(name: str, site: Site) -> Edit:
-            def read(value: Tensor) -> Tensor:
-                if site.kind == "attn_head":
-                    weight, bias = self.head_weights(site.layer or 0)
-                    seen[name] = value[:, :, site.head] @ weight[site.head or 0] + bias / self.shape.n_heads
-                else:
-                    seen[name] = value
-                if stop and len(seen) == len(sites):
-                    raise _EnoughSeen
-                return value
-
-            return read
-
-        return [(site.hook, reader(name, site)) for name, site in sites.items()]
-
     @contextmanager
-    def _hooked(self, edits: Mapping[str, Edit], readers: Sequence[tuple[str, Edit]] = ()) -> Iterator[None]:
-        # Edits go in before readers, so that a captured value is the edited one.
-        wanted = [(self.site(name).hook, edit) for name, edit in edits.items()] + list(readers)
-        points = {hook: self.bridge.hook_dict[hook] for hook, _ in wanted}
+    def _hooked(
+        self,
+        edits: Mapping[str, Edit],
+        reads: Sequence[str] = (),
+        seen: dict[str, Tensor] | None = None,
+        stop: bool = False,
+    ) -> Iterator[None]:
+        """Apply ``edits`` and put the values at ``reads`` into ``seen`` in every forward inside the context."""
+        added: dict[str, Tensor] = {}
+        # Edits go in before readers, so that a captured value is the edited one; and what an edit must add further
+        # down the block goes in before the edits made there.
+        hooks = [pair for name, edit in edits.items() for pair in self._second_half(self.site(name), added)]
+        hooks += [
+            (self.site(name).hook, self._first_half(self.site(name), edit, added)) for name, edit in edits.items()
+        ]
+        seen = {} if seen is None else seen
+        hooks += [(self.site(name).hook, self._reader(self.site(name), added, seen, reads, stop)) for name in reads]
+        points = {hook: self.bridge.hook_dict[hook] for hook, _ in hooks}
+        level = next(_levels)
         try:
-            for hook, function in wanted:
-                points[hook].add_hook(lambda tensor, hook, function=function: function(tensor))
+            for hook, function in hooks:
+                points[hook].add_hook(lambda tensor, hook, function=function: function(tensor), level=level)
             yield
         finally:
             for point in points.values():
-                point.remove_hooks()
+                point.remove_hooks(level=level)
+
+    def _taken(self, sites: Sequence[str], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        silent = [name for name in sites if name not in seen]
+        if silent:
+            raise SiteError(
+                f"the forward never passed {silent[0]!r}", where=self.spec, remedy="Choose another site of this model."
+            )
+        return {name: seen[name] for name in sites}
+
+    def _first_half(self, site: Site, edit: Edit, added: dict[str, Tensor]) -> Edit:
+        def at_head(z: Tensor) -> Tensor:
+            own = self._head_write(site, z, added)
+            added[str(site)] = added.get(str(site), 0) + edit(own) - own
+            return z
+
+        def at_middle(value: Tensor) -> Tensor:
+            changed = edit(value)
+            added[str(site)] = changed - value
+            return changed
+
+        return {"attn_head": at_head, "resid_mid": at_middle}.get(site.kind, edit)
+
+    def _second_half(self, site: Site, added: dict[str, Tensor]) -> list[tuple[str, Edit]]:
+        # One head's write is a term of the attention's output. In the middle of a block the hook sits on the MLP's
+        # branch, so the skip connection around the MLP gets the change at the block's end.
+        end = {"attn_head": "attn_out", "resid_mid": "resid_post"}.get(site.kind)
+        if end is None:
+            return []
+        return [(Site(end, site.layer).hook, lambda value: value + added.pop(str(site)))]
+
+    def _reader(
+        self, site: Site, added: Mapping[str, Tensor], seen: dict[str, Tensor], reads: Sequence[str], stop: bool
+    ) -> Edit:
+        def read(value: Tensor) -> Tensor:
+            seen[str(site)] = self._head_write(site, value, added) if site.kind == "attn_head" else value
+            if stop and len(seen) == len(set(reads)):
+                raise _EnoughSeen
+            return value
+
+        return read
+
+    def _head_write(self, site: Site, z: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+        """One head's write [batch, pos, d_model]: its part of the projection and an equal share of the bias."""
+        weight, bias = self.head_weights(site.layer or 0)
+        write = z[:, :, site.head] @ weight[site.head or 0] + bias / self.shape.n_heads
+        return write + added.get(str(site), 0)
 
 
 @torch.no_grad()

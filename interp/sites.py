@@ -4,6 +4,10 @@
 ``attn_out@L`` · ``attn_z@L`` (head values before the output projection, [batch, pos, head, d_head]) ·
 ``mlp_in@L`` · ``mlp_out@L`` · ``attn_head@L.H`` (one head's write to the residual stream).
 Unless said otherwise a site's value is [batch, pos, d_model].
+
+``embed`` is the token embedding alone: learned positions (GPT-2) and Gemma's scaling come after it, before
+``resid_pre@0``. ``attn_out`` and ``mlp_out`` are what the modules return: Gemma norms them once more before it adds
+them to the stream. Parallel blocks (GPT-NeoX) have no ``resid_mid``.
 """
 
 import re
@@ -22,7 +26,7 @@ _HOOKS = {
     "attn_head": "blocks.{layer}.attn.o.hook_in",
 }
 _GLOBAL = ("embed", "final")
-_PATTERN = re.compile(r"(?P<kind>[a-z_]+)(?:@(?P<layer>\d+)(?:\.(?P<head>\d+))?)?")
+_PATTERN = re.compile(r"(?P<kind>[a-z_]+)(?:@(?P<layer>0|[1-9][0-9]{0,8})(?:\.(?P<head>0|[1-9][0-9]{0,8}))?)?")
 
 
 @dataclass(frozen=True)
