@@ -48,9 +48,8 @@ demo: setup
 
 # $(call audit,SUCCESSOR,STATUS): audit demo/SUCCESSOR and insist on this exit status.
 define audit
-@status=0; \
-set -x; $(BIN)/heredity audit demo/parent demo/$(1) --corpus demo/corpus.jsonl --out demo/audit-$(1) || status=$$?; \
-{ set +x; } 2>/dev/null; \
+@command="$(BIN)/heredity audit demo/parent demo/$(1) --corpus demo/corpus.jsonl --out demo/audit-$(1)"; \
+echo "$$command"; status=0; $$command || status=$$?; \
 if [ $$status -ne $(2) ]; then echo "demo/$(1): exit status $$status, expected $(2)" >&2; exit 1; fi
 endef
 
