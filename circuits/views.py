@@ -82,8 +82,9 @@ class SimilarityLike(Protocol):
 
 def label(text: str, limit: int = 18) -> str:
     """``text`` for a Plotly label: visible, at most ``limit`` characters, and no markup of Plotly's left in it."""
-    short = text if len(text) <= limit else text[: limit - 1] + "…"
-    return html.escape(visible(short), quote=True)
+    shown = visible(text, 2 * limit)
+    short = shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return html.escape(short, quote=False)
 
 
 def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: Sequence[NodeLike]) -> go.Figure:

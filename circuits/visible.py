@@ -7,7 +7,11 @@ stand-ins; what is too long is cut with a notice. Escaping for the medium (HTML,
 import unicodedata
 from collections.abc import Iterator
 
-_NAMED = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+_NAMED = {"\n": "↵", "\t": "⇥", "\x7f": "⟨DEL⟩"}
+# Names in letters: few fonts have the pictures that Unicode gives to control characters.
+_CONTROLS = (
+    "NUL SOH STX ETX EOT ENQ ACK BEL BS HT LF VT FF CR SO SI DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US"
+).split()
 _MARKS_IN_A_ROW = 3  # more combining marks than any script needs can paint over the lines above and below
 
 
@@ -39,4 +43,4 @@ def _stand_in(char: str) -> str:
     if char in _NAMED:
         return _NAMED[char]
     code = ord(char)
-    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
+    return f"⟨{_CONTROLS[code]}⟩" if code < len(_CONTROLS) else f"⟨U+{code:04X}⟩"

@@ -8,6 +8,7 @@ by their digests, and loads nothing.
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -24,10 +25,14 @@ from heredity.interp.errors import OutputError, one_line
 from . import phrases
 from .records import SCHEMA_VERSION, Audit, Baselines, Behaviour, Circuit, Example, Interval, MarkedToken, NotMeasured
 
-TOKENS_SHOWN = 240
-"""Tokens of a context that are printed, the last ones; earlier ones are cut with a notice."""
+TOKENS_SHOWN = 60
+"""Tokens of a context that show at once, the last ones, so that the place where the models part is in sight."""
+TOKENS_FOLDED = 400
+"""Tokens before those that a click unfolds; still earlier ones are cut with a notice."""
 TOKEN_CHARACTERS = 120
 """Characters of one token that are printed."""
+MARKED = 0.1
+"""Share of the divergence from which a token is marked with its number."""
 
 
 def write_report(audit: Audit, path: Path) -> None:
@@ -195,6 +200,7 @@ def _environment() -> Environment:
         "METHODS": phrases.METHODS,
         "NULLS": phrases.NULLS,
         "context_of": _context_of,
+        "plot_width": _plot_width,
         "not_measured": lambda value: isinstance(value, NotMeasured),
     }
     return environment
@@ -242,18 +248,27 @@ def _estimate(value: Interval | NotMeasured, unit: str = "share") -> Markup:
 
 
 def _context_of(example: Example) -> dict[str, Any]:
-    """The tokens of an example that fit on the page, and how many were left out before them."""
-    kept = example.tokens[-TOKENS_SHOWN:]
-    left_out: Sequence[MarkedToken] = example.tokens[: -len(kept)] if kept else ()
+    """The tokens of an example that show, those folded away before them, and how many do not fit on the page."""
+    shown = example.tokens[-TOKENS_SHOWN:]
+    before = example.tokens[: len(example.tokens) - len(shown)]
+    folded = before[-TOKENS_FOLDED:]
     return {
-        "tokens": [
-            {
-                "text": _shown(token.text, TOKEN_CHARACTERS),
-                "weight": round(min(max(token.weight, 0.0), 1.0), 3) if token.weight == token.weight else 0.0,
-                "note": _share(token.weight) if token.weight >= 0.1 else "",
-            }
-            for token in kept
-        ],
-        "left_out": len(left_out),
-        "left_out_marked": [visible(token.text, 40) for token in left_out if token.weight >= 0.1][:8],
+        "tokens": [_token(token) for token in shown],
+        "folded": [_token(token) for token in folded],
+        "left_out": len(before) - len(folded),
+        "marked_before": [token.text for token in before if token.weight >= MARKED][:8],
     }
+
+
+def _token(token: MarkedToken) -> dict[str, Any]:
+    weight = 0.0 if math.isnan(token.weight) else min(max(token.weight, 0.0), 1.0)
+    return {
+        "text": _shown(token.text, TOKEN_CHARACTERS),
+        "weight": round(weight, 3),
+        "note": _share(token.weight) if token.weight >= MARKED else "",
+    }
+
+
+def _plot_width(tokens: int) -> int:
+    """Pixels that a figure over this many tokens needs for its labels; narrower screens scroll."""
+    return min(120 + tokens * (30 if tokens <= 25 else 17), 2400)

@@ -20,6 +20,8 @@
       const tools = { displayModeBar: figure.layout.dragmode === "zoom" };
       window.Plotly.newPlot(holder, figure.data, figure.layout, Object.assign(tools, settings)).then(function () {
         holder.dataset.state = "drawn";
+        // Where the models part is at the right end.
+        holder.parentElement.scrollLeft = holder.parentElement.scrollWidth;
       });
     });
   }

@@ -110,6 +110,7 @@ def test_text_of_a_model_is_no_markup_in_plotly() -> None:
 
 def test_labels_keep_an_entity_as_it_was_written() -> None:
     assert views.label("&lt;b&gt;") == "&amp;lt;b&amp;gt;"
+    assert views.label("\u202e" * 100) == "⟨U+202E⟩⟨U+202E⟩⟨…"
     assert views.label("x" * 100) == "x" * 17 + "…"
 
 
@@ -145,7 +146,7 @@ def test_histogram_and_similarity() -> None:
     [
         ("plain ümläut 漢字", "plain ümläut 漢字"),
         ("a\nb\tc", "a↵b⇥c"),
-        ("\x1b[1m", "␛[1m"),
+        ("\x1b[1m", "⟨ESC⟩[1m"),
         ("\u202ex", "⟨U+202E⟩x"),
         ("\x9b", "⟨U+009B⟩"),
         ("a\u00a0b", "a⟨U+00A0⟩b"),

@@ -83,7 +83,7 @@ def test_hostile_report_is_inert(hostile: Audit, tmp_path: Path, open_page: Call
     assert_inert(browser, page)
     body = browser.execute_script("return document.querySelector('main').textContent")
     assert "<script>window.pwned=1</script>" in body  # shown as text, not dropped
-    assert "␛" in body and "⟨U+202E⟩" in body and "{{7*7}}" in body and "⟨U+D800⟩" in body
+    assert "⟨ESC⟩" in body and "⟨U+202E⟩" in body and "{{7*7}}" in body and "⟨U+D800⟩" in body
     assert "more characters)" in body
     assert page.stat().st_size < 8_000_000
     wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
@@ -161,6 +161,16 @@ def test_report_says_what_the_audit_says(make_audit: Callable[..., Audit], tmp_p
     declared = page.read_text().split('<script type="application/json"')[0]
     assert ">Pass</p>" in declared and "Declared change 1" in declared and "Finding 1" not in declared
     assert "new-skill" in declared  # declared and not seen
+
+
+def test_report_of_a_long_context_ends_where_the_models_part(make_audit: Callable[..., Audit], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    write_report(make_audit(length=50), page)
+    context = page.read_text().split('<div class="context">')[1].split('<div class="sides">')[0]
+    folded, shown = context.split("</details>")
+    assert "540 earlier tokens, marked among them" in folded and "the first 140 are not shown" in folded
+    assert folded.count("<bdi>moss</bdi>") == 33 and shown.count("<bdi>moss</bdi>") == 5
+    assert shown.rindex('class="token marked parts"') > shown.rindex("<bdi>;</bdi>")
 
 
 def test_same_audit_gives_the_same_bytes(make_audit: Callable[..., Audit], tmp_path: Path) -> None:
