@@ -17,6 +17,7 @@ RAISES, LOWERS, NEUTRAL, INK = "#b8480c", "#1b66a8", "#5f6b7a", "#1b2430"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _GRID = "#e3e7ec"
 _SMALLEST_SHOWN = 0.01  # of the largest attribution: below it a marker is a speck
+_LONG = 40  # tokens; more than this are shown from the first marker on
 _KINDS = {
     "attn_head": ("attention head", "circle"),
     "mlp_out": ("MLP", "square"),
@@ -91,7 +92,7 @@ def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: 
     """A circuit over layer × position: marker area is |attribution|, colour its sign, shape the kind of node.
 
     Nodes of one layer are spread over its band so that they do not hide each other; the selected ones are outlined.
-    Points below 1 % of the largest attribution are left out.
+    Points below 1 % of the largest attribution are left out; of a long text, so are the tokens before the first point.
 
     Args:
         tokens: of the example, in order.
@@ -100,8 +101,8 @@ def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: 
     """
     by_id = {node.id: node for node in nodes}
     rows, ticks = _rows({(point.node, point.layer) for point in grid} | {(node.id, node.layer) for node in nodes})
-    largest = max((abs(point.attribution) for point in grid), default=0.0)
-    shown = [p for p in grid if largest and abs(p.attribution) >= _SMALLEST_SHOWN * largest]
+    shown, largest = _visible_points(grid)
+    biggest = 30 if len(ticks) <= 12 else 20  # deep models get narrow bands
     figure = go.Figure()
     for kind, (name, symbol) in [*_KINDS.items(), ("", _OTHER_KIND)]:
         points = [p for p in shown if _kind(p.node) == (name, symbol)]
@@ -115,9 +116,10 @@ def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: 
             name=name,
             showlegend=False,
             meta=kind,
+            cliponaxis=False,
             marker={
                 "symbol": symbol,
-                "size": [7 + 23 * (abs(p.attribution) / largest) ** 0.5 for p in points],
+                "size": [7 + (biggest - 7) * (abs(p.attribution) / largest) ** 0.5 for p in points],
                 "color": [RAISES if p.attribution > 0 else LOWERS for p in points],
                 "opacity": [0.92 if c else 0.45 for c in chosen],
                 "line": {"color": INK, "width": [2.5 if c else 0 for c in chosen]},
@@ -129,19 +131,30 @@ def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: 
     _key(figure, "carries the divergence", symbol="circle", color=RAISES)
     _key(figure, "works against it", symbol="circle", color=LOWERS)
     _key(figure, "in the smallest set", symbol="circle", color="#ffffff", outline=2.5)
-    n = max(len(tokens), 1)
+    first, n = shown_positions(tokens, grid)
     _style(figure, height=min(1100, 200 + max(62 * len(ticks), 17 * len(rows))), legend=True)
     figure.add_vline(x=n - 1, line={"color": INK, "width": 1, "dash": "dot"}, layer="below")
-    texts = [label(token, 14) for token in tokens]
     figure.update_xaxes(
-        tickvals=list(range(len(tokens))), ticktext=texts, autotickangles=[0, -60], range=[-0.7, n - 0.3]
+        tickvals=list(range(len(tokens))),
+        ticktext=[label(token, 14) for token in tokens],
+        autotickangles=[0, -60],
+        range=[first - 0.7, n - 0.3],
     )
+    if first:
+        figure.update_xaxes(title_text=f"(the {first} tokens before these carry no marker)")
     figure.update_yaxes(
         tickvals=list(ticks.values()),
         ticktext=list(ticks),
         range=[min(ticks.values()) - 0.6, max(ticks.values()) + 0.6],
     )
     return figure
+
+
+def shown_positions(tokens: Sequence[str], grid: Sequence[GridPointLike]) -> tuple[int, int]:
+    """First position that :func:`circuit_figure` shows, and the one after the last."""
+    points, _ = _visible_points(grid)
+    first = max(0, min((p.position for p in points), default=0) - 3) if len(tokens) > _LONG else 0
+    return first, max(len(tokens), 1)
 
 
 def reversion_figure(
@@ -258,6 +271,11 @@ def cka_figure(similarity: Sequence[SimilarityLike]) -> go.Figure:
     figure.update_xaxes(tickvals=marks, ticktext=[label(similarity[i].site, 20) for i in marks])
     figure.update_yaxes(title_text="linear CKA", range=[min(lowest - 0.02, 0.9), 1.01])
     return figure
+
+
+def _visible_points(grid: Sequence[GridPointLike]) -> tuple[list[GridPointLike], float]:
+    largest = max((abs(point.attribution) for point in grid), default=0.0)
+    return [p for p in grid if largest and abs(p.attribution) >= _SMALLEST_SHOWN * largest], largest
 
 
 def _kind(node: str) -> tuple[str, str]:

@@ -249,7 +249,8 @@ def _estimate(value: Interval | NotMeasured, unit: str = "share") -> Markup:
 
 def _context_of(example: Example) -> dict[str, Any]:
     """The tokens of an example that show, those folded away before them, and how many do not fit on the page."""
-    shown = example.tokens[-TOKENS_SHOWN:]
+    # A fold over a handful of tokens would take more room than it saves.
+    shown = example.tokens[-TOKENS_SHOWN:] if len(example.tokens) > TOKENS_SHOWN + 20 else example.tokens
     before = example.tokens[: len(example.tokens) - len(shown)]
     folded = before[-TOKENS_FOLDED:]
     return {
@@ -269,6 +270,7 @@ def _token(token: MarkedToken) -> dict[str, Any]:
     }
 
 
-def _plot_width(tokens: int) -> int:
-    """Pixels that a figure over this many tokens needs for its labels; narrower screens scroll."""
-    return min(120 + tokens * (30 if tokens <= 25 else 17), 2400)
+def _plot_width(circuit: Circuit) -> int:
+    """Pixels that the figure of a circuit needs for its tokens; narrower screens scroll."""
+    first, last = views.shown_positions(circuit.tokens, circuit.grid)
+    return min(120 + 30 * (last - first), 1600)

@@ -89,6 +89,13 @@ def test_circuit_figure_leaves_specks_out() -> None:
     assert {x for _, x in markers(views.circuit_figure(["a", "b", "c"], grid, NODES))} == {0, 2}
 
 
+def test_circuit_figure_of_a_long_text_starts_near_its_first_point() -> None:
+    grid = [Point("mlp_out@0", 0, 3, 0.001), Point("mlp_out@0", 0, 90, 1.0)]
+    figure = views.circuit_figure(["a"] * 100, grid, NODES)
+    low, high = figure.layout.xaxis.range
+    assert 86 < low < 90 and 99 < high < 100
+
+
 @pytest.mark.parametrize(
     ("tokens", "grid", "nodes"), [([], [], []), (["a"], [], NODES), (["a"], [Point("x", 3, 9, 0.0)], [])]
 )
