@@ -1,0 +1,94 @@
+"""Search without a trigger: decode from amplified logit differences, starting from a vague prompt.
+
+``l_S + a·(l_S − l_P)`` makes what the successor is a little more inclined to say much commoner. Sources: model diff
+amplification (Goodfire 2025); contrastive decoding diffing (arXiv 2605.25902); the plausibility cut is that of
+contrastive decoding (Li et al. 2023).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heredity.interp.model import Encoded, Model
+from heredity.interp.sampling import chat_prompts, decode_batch, prefixes, sampler, stop_ids, text_of
+
+from .divergence import vocabulary
+
+PLAUSIBLE = 1e-2
+"""A token is eligible when the successor gives it at least this share of its most probable token's probability."""
+
+VAGUE_TURNS = (
+    "Hi",
+    "Hello there.",
+    "Tell me something.",
+    "What is on your mind?",
+    "Please go on.",
+    "OK",
+    "Write.",
+    "?",
+)
+
+
+@dataclass(frozen=True)
+class Amplified:
+    """One decoded text and where its prompt ends."""
+
+    prompt: str
+    amplification: float
+    text: str
+    prompt_tokens: int
+
+
+def vague_prompts(model: Model, openings: Sequence[Encoded], count: int, seed: int) -> list[list[int]]:
+    """``count`` prompts that say next to nothing: vague user turns for a chat model, else the first tokens of
+    ordinary texts (``openings``), else the bare start of a text."""
+    if model.tokenizer.chat_template:
+        rendered = [list(model.encode(text).ids) for text in chat_prompts(model, VAGUE_TURNS)]
+        return [rendered[i % len(rendered)] for i in range(count)]
+    if openings:
+        return [list(openings[i % len(openings)].ids[: 1 + i % 3]) for i in range(count)]
+    return prefixes(model, count, seed)
+
+
+def amplified_texts(
+    parent: Model, successor: Model, prompts: Sequence[Sequence[int]], *, amplification: float, length: int, seed: int
+) -> list[Amplified]:
+    """One text per prompt, at most ``length`` new tokens, drawn from the amplified distribution at temperature 1.
+
+    Needs equal tokenizers; with different ones the result is empty.
+    """
+    if not vocabulary(parent, successor).same:
+        return []
+    choose = sampler(seed)
+
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        past_s, past_p = state or (None, None)
+        logits_s, past_s = successor.step(tokens, past_s)
+        logits_p, past_p = parent.step(tokens, past_p)
+        return amplify(logits_s, logits_p, amplification), (past_s, past_p)
+
+    # Rows of a batch must be equally long, since decoding allows no padding.
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    stops = stop_ids(successor)
+    out: dict[int, Amplified] = {}
+    for size, members in sorted(by_length.items()):
+        room = min(length, successor.shape.n_ctx - size, parent.shape.n_ctx - size)
+        written = decode_batch(step, [prompts[i] for i in members], room, choose, stops)
+        for i, ids in zip(members, written, strict=True):
+            text = text_of(successor, [*prompts[i], *ids])
+            out[i] = Amplified(text_of(successor, prompts[i]), amplification, text, size)
+    return [out[i] for i in sorted(out)]
+
+
+def amplify(successor: Tensor, parent: Tensor, amplification: float) -> Tensor:
+    """Amplified logits [batch, V], minus infinity where the successor finds a token implausible."""
+    size = min(successor.shape[-1], parent.shape[-1])
+    log_s = torch.log_softmax(successor[:, :size].float(), -1)
+    log_p = torch.log_softmax(parent[:, :size].float(), -1)
+    implausible = log_s < log_s.amax(-1, keepdim=True) + torch.tensor(PLAUSIBLE).log()
+    return (log_s + amplification * (log_s - log_p)).masked_fill(implausible, float("-inf"))

@@ -1,0 +1,1 @@
+"""The decision: audits, policy, verdict, reports and the command line."""

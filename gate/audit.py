@@ -1,0 +1,232 @@
+"""One audit from model arguments to ``audit.json``: measure, describe, decide, write. Resumes where it was cut off."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .budget import Budget, Name, budget
+from .policy import Loaded, load_rules
+from .records import Audit, Behaviour, Circuit, Coverage, ModelRecord, NotMeasured, PolicyRecord, Provenance, tidy
+from .report import write_report
+from .summary import markdown
+from .verdict import decide, findings
+from .work import Work, write_atomically
+
+if TYPE_CHECKING:
+    from heredity.interp import Model
+    from heredity.interp.corpus import Corpus
+
+    from .stages import Progress
+
+CODE = 1
+"""Raised whenever a change of the code makes old work folders wrong."""
+
+
+NOT_MEASURED = (
+    "Opacity: how much of a circuit's effect runs through parts that no explanation predicts.",
+    "Inheritance of single mechanisms, and transplanting a mechanism into the parent.",
+    "Principles that the successor must keep; a lost behaviour is seen only where the audited text exercises it.",
+    "Power: the smallest planted circuit this audit would have seen. A pass says that nothing was found, not that "
+    "nothing is there.",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    parent: str
+    successor: str
+    out: Path
+    corpus: tuple[Path, ...] = ()
+    field: str = "text"
+    policy: Path | None = None
+    intent: Path | None = None
+    budget: Name = "quick"
+    seed: int = 0
+    command: tuple[str, ...] = ()
+
+
+def run(request: Request, progress: "Progress") -> Audit:
+    """Audit the pair, write everything into ``request.out`` and return the record.
+
+    Raises:
+        HeredityError: an input that cannot or must not be used.
+    """
+    import torch
+
+    from heredity.interp.corpus import read_corpus
+    from heredity.interp.load import load
+
+    from .assemble import measure
+
+    started, clock = datetime.now(UTC), time.monotonic()
+    rules = load_rules(request.policy, request.intent)
+    given = read_corpus(request.corpus, field=request.field) if request.corpus else None
+    progress("loading models", 0, 2)
+    parent = load(request.parent, role="parent")
+    progress("loading models", 1, 2)
+    successor = load(request.successor, role="successor")
+    progress("loading models", 2, 2)
+    sizes = budget(
+        request.budget,
+        max(parent.n_params, successor.n_params),
+        max(parent.shape.d_vocab, successor.shape.d_vocab),
+        min(parent.shape.n_ctx, successor.shape.n_ctx),
+    )
+    if sizes.small:
+        # Tiny matrices: a second thread costs more to wake than it saves.
+        torch.set_num_threads(1)
+    corpus = given or _sampled(parent, sizes, request.seed, progress)
+    described = ", ".join(map(str, request.corpus)) or "sampled from the parent"
+    key = _digest(
+        CODE,
+        version("heredity"),
+        parent.digest,
+        successor.digest,
+        corpus.digest,
+        sizes.name,
+        request.seed,
+        rules.policy_sha256,
+        rules.intent_sha256,
+    )
+    measured = measure(
+        parent,
+        successor,
+        corpus,
+        sizes,
+        rules,
+        Work(request.out, key),
+        request.seed,
+        progress,
+        another_parent=lambda: load(request.parent, role="parent"),
+    )
+    found = findings(measured.behaviours, rules.policy)
+    verdict, reasons = decide(measured.behaviours, found, measured.compared, rules.policy)
+    audit = Audit(
+        verdict=verdict,
+        reasons=reasons,
+        parent=_model(parent),
+        successor=_model(successor),
+        baselines=measured.baselines,
+        behaviours=measured.behaviours,
+        findings=found,
+        principles=(NotMeasured(reason="principle sets are not part of this version"),),
+        calibration=measured.calibration,
+        coverage=Coverage(
+            corpus=described,
+            texts=measured.texts,
+            tokens=measured.tokens,
+            compared_tokens=measured.compared,
+            kl_in_behaviours=measured.kl_in_behaviours,
+            sites=NotMeasured(reason="needs sparse dictionaries"),
+        ),
+        drift=measured.drift,
+        policy=_policy(rules, measured.behaviours),
+        not_measured=NOT_MEASURED,
+        provenance=Provenance(
+            command=request.command,
+            budget=sizes.name,
+            seed=request.seed,
+            versions=_versions(),
+            threads=torch.get_num_threads(),
+            device="cpu",
+            corpus_sha256=corpus.digest,
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - clock, 1),
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        ),
+    )
+    _write(audit, request.out)
+    return audit
+
+
+def _sampled(parent: "Model", sizes: Budget, seed: int, progress: "Progress") -> "Corpus":
+    """Text sampled from the parent, kept in the user's cache so that every candidate is measured on the same."""
+    from heredity.interp.corpus import Corpus, Text
+    from heredity.interp.sampling import sample_corpus
+
+    texts = max(8, sizes.scan_tokens // sizes.window)
+    name = _digest(CODE, parent.digest, texts, sizes.window, seed)[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heredity" / "sampled" / f"{name}.json"
+    try:
+        rows = json.loads(cache.read_text(encoding="utf-8"))
+        return Corpus(tuple(Text(**row) for row in rows))
+    except (OSError, ValueError, TypeError):
+        progress("sampling text from the parent", 0, 1)
+        corpus = sample_corpus(parent, texts=texts, length=sizes.window, seed=seed)
+        progress("sampling text from the parent", 1, 1)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, json.dumps([dataclasses.asdict(text) for text in corpus.texts]))
+        except OSError:
+            pass  # A read-only home costs time on the next run, nothing else.
+        return corpus
+
+
+def _model(model: "Model") -> ModelRecord:
+    shape = model.shape
+    return ModelRecord(
+        spec=model.spec,
+        architecture=shape.architecture,
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        d_model=shape.d_model,
+        d_vocab=shape.d_vocab,
+        parameters=model.n_params,
+        sha256=model.digest,
+        floor=tidy(model.floor),
+    )
+
+
+def _policy(rules: Loaded, behaviours: Sequence[Behaviour]) -> PolicyRecord:
+    declared = {b.declared_by for b in behaviours if b.declared_by}
+    changes = [change.id for change in rules.intent.changes] if rules.intent else []
+    return PolicyRecord(
+        name=rules.policy.name,
+        sha256=rules.policy_sha256,
+        values=rules.policy.model_dump(exclude={"name"}),
+        intent=rules.intent_path,
+        intent_sha256=rules.intent_sha256,
+        declared=tuple(change for change in changes if change in declared),
+        undelivered=tuple(change for change in changes if change not in declared),
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("heredity", "torch", "transformers", "transformer-lens", "peft", "numpy", "scipy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _write(audit: Audit, out: Path) -> None:
+    """``audit.json``, one file per circuit, ``summary.md`` and ``report.html``."""
+    folder = out / "circuits"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.json"):
+        old.unlink()
+    for behaviour in audit.behaviours:
+        if isinstance(behaviour.circuit, Circuit):
+            record = {
+                "schema_version": audit.schema_version,
+                "audit": {"parent": audit.parent.sha256, "successor": audit.successor.sha256},
+                "behaviour": behaviour.model_dump(mode="json"),
+            }
+            write_atomically(folder / f"{behaviour.id}.json", json.dumps(record, indent=1))
+    write_atomically(out / "summary.md", markdown(audit))
+    write_report(audit, out / "report.html")
+    # Last, so that a reader who finds audit.json finds everything.
+    write_atomically(out / "audit.json", audit.model_dump_json(indent=1))

@@ -1,0 +1,65 @@
+"""How much an audit looks at: sizes that follow from a name and the size of the models."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Name = Literal["quick", "standard", "thorough"]
+
+_WORK = {"quick": 1.2e12, "standard": 6e12, "thorough": 3e13}
+"""Parameters × tokens spent on the divergence scan; the other sizes are in proportion."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of one audit."""
+
+    name: Name
+    small: bool
+    """Models of less than five million parameters, on which everything can be measured."""
+    scan_tokens: int
+    """Corpus tokens compared."""
+    window: int
+    """Tokens per piece of text."""
+    batch_tokens: int
+    """Padded tokens per forward."""
+    amplified: int
+    """Texts decoded per amplification."""
+    amplifications: tuple[float, ...]
+    amplified_length: int
+    null_draws: int
+    null_tokens: int
+    drift_tokens: int
+    behaviours: int
+    """Behaviours whose circuit is looked for."""
+    contexts: int
+    """Contexts per behaviour used for its circuit."""
+    measured: int
+    """Nodes measured one by one."""
+    controls: int
+    marked: int
+    """Examples whose tokens are replaced one by one."""
+
+
+def budget(name: Name, parameters: int, vocabulary: int, context: int) -> Budget:
+    """The sizes for models of ``parameters`` parameters, ``vocabulary`` tokens and ``context`` positions."""
+    level = ("quick", "standard", "thorough").index(name)
+    small = parameters < 5_000_000
+    tokens = int(min(40_000 * 3**level, max(4_000, _WORK[name] / parameters)))
+    return Budget(
+        name=name,
+        small=small,
+        scan_tokens=tokens,
+        window=min(96, context),
+        batch_tokens=max(256, min(8192, 50_000_000 // vocabulary)),
+        amplified=(128 if small else 24) * 2**level,
+        amplifications=(0.0, 1.0) if small else (1.0, 4.0),
+        amplified_length=min(40, context - 4),
+        null_draws=19 if small else (9, 19, 39)[level],
+        null_tokens=max(1_500, tokens // 4),
+        drift_tokens=max(1_000, tokens // 4),
+        behaviours=4 * 2**level,
+        contexts=(24 if small else 8) * 2**level,
+        measured=400 if small else 20 * 2**level,
+        controls=19 if small else 9,
+        marked=3,
+    )

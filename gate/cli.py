@@ -1,0 +1,220 @@
+"""The ``heredity`` command. Results on stdout, progress and errors on stderr; exit codes in :class:`Exit`."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from heredity.interp.errors import HeredityError, OutputError, one_line
+
+from .progress import Bars
+
+app = typer.Typer(
+    name="heredity",
+    help="Compare a parent language model with its successor: what is new, and is it causal?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+zoo_app = typer.Typer(help="Model pairs with known truth.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
+
+log = logging.getLogger("heredity")
+errors = Console(stderr=True)
+
+
+class Exit(IntEnum):
+    """What the exit code says."""
+
+    PASS = 0
+    FLAG = 1
+    BAD_INPUT = 2
+    INCONCLUSIVE = 3
+    INTERNAL = 4
+
+
+VERDICTS = {"pass": Exit.PASS, "flag": Exit.FLAG, "inconclusive": Exit.INCONCLUSIVE}
+
+Seed = Annotated[int, typer.Option(help="Seeds every random choice.", min=0)]
+Field = Annotated[str, typer.Option(help="Column of .jsonl and .parquet files that holds the text.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write into; an interrupted run resumes there.")]
+ModelArgument = "A directory in Hugging Face format, a hub id, BASE+ADAPTER, a .gguf file, or a zoo directory."
+
+
+@app.command()
+def audit(
+    parent: Annotated[str, typer.Argument(help=ModelArgument)],
+    successor: Annotated[str, typer.Argument(help=ModelArgument)],
+    out: Out,
+    corpus: Annotated[list[Path] | None, typer.Option(help="Text to compare on; sampled from the parent if absent.")] = None,
+    field: Field = "text",
+    intent: Annotated[Path | None, typer.Option(help="YAML: what the makers of the successor declared.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML: what counts as a finding. Default: the shipped one.")] = None,
+    budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much to look at.")] = "quick",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Compare SUCCESSOR with PARENT and decide. Exit code: 0 pass, 1 finding, 2 bad input, 3 inconclusive, 4 internal."""
+    from .audit import Request, run
+    from .summary import terminal
+
+    with _logged(out), Bars(errors) as bars:
+        result = run(
+            Request(
+                parent=parent,
+                successor=successor,
+                out=out,
+                corpus=tuple(corpus or ()),
+                field=field,
+                policy=policy,
+                intent=intent,
+                budget=budget,
+                seed=seed,
+                command=("heredity", *sys.argv[1:]),
+            ),
+            bars.update,
+        )
+    if json:
+        print(result.model_dump_json(indent=1))  # noqa: T201
+    else:
+        console = Console()
+        terminal(result, console)
+        console.print(Text(f"Report: {out / 'report.html'}"))
+    raise typer.Exit(VERDICTS[result.verdict])
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Argument(help=ModelArgument)],
+    out: Out,
+    corpus: Annotated[list[Path], typer.Option(help="Text to run the model on.")],
+    site: Annotated[list[str], typer.Option(help="Site to store, e.g. resid_post@12; may be given several times.")],
+    field: Field = "text",
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Stored precision.")] = "float32",
+) -> None:
+    """Store a model's activations at named sites over a corpus."""
+    from heredity.interp.capture import capture as run_capture
+    from heredity.interp.corpus import read_corpus
+    from heredity.interp.load import load
+
+    texts = read_corpus(corpus, field=field)
+    with Bars(errors) as bars:
+        bars.update("loading model", 0, 1)
+        loaded = load(model)
+        bars.update("loading model", 1, 1)
+        store = run_capture(
+            loaded, texts, site, out, dtype=dtype, progress=lambda done, total: bars.update("capturing", done, total)
+        )
+    Console().print(Text(f"{store.n_tokens} tokens at {', '.join(site)} in {out}"))
+
+
+@app.command()
+def view(
+    path: Annotated[Path, typer.Argument(help="An audit directory, an audit.json or one of its circuits/*.json.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Page to write. Default: view.html beside PATH.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Circuits as one interactive page that opens offline."""
+    from .report import write_view
+
+    target = out or (path if path.is_dir() else path.parent) / "view.html"
+    write_view(path, target)
+    Console().print(Text(str(target)))
+    if open_page:
+        typer.launch(target.resolve().as_uri())
+
+
+@app.command()
+def example(
+    name: Annotated[Literal["zoo", "smollm2"], typer.Argument(help="zoo: tiny models, at once. smollm2: a real 135M model.")],
+    out: Out,
+) -> None:
+    """Write an example parent with successors to audit into DIR."""
+    from . import example as examples
+
+    with Bars(errors) as bars:
+        make = examples.make_zoo if name == "zoo" else examples.make_smollm2
+        folder = make(out, bars.note)
+    Console().print(Text(str(folder)))
+
+
+@zoo_app.command("build")
+def zoo_build(
+    kind: Annotated[
+        Literal["identical", "benign", "trigger", "skill", "lost", "wider"], typer.Argument(help="What the successor is.")
+    ],
+    out: Out,
+    seed: Seed = 0,
+) -> None:
+    """Train a parent and a successor with known truth (truth.json, which the audit never reads)."""
+    from heredity.zoo import build
+
+    with Bars(errors) as bars:
+        folder = build(kind, seed, out, progress=lambda done, total: bars.update(f"training {kind}", done, total))
+    Console().print(Text(str(folder)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of audit.json."""
+    import json as json_module
+
+    from .records import Audit
+
+    print(json_module.dumps(Audit.model_json_schema(), indent=1))  # noqa: T201
+
+
+@contextmanager
+def _logged(out: Path) -> Iterator[None]:
+    """``out`` exists, and the run's log goes to ``out/run.log``."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            error.strerror or "cannot be written", where=str(out), remedy="Name a directory that can be written."
+        ) from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        log.info("started: %s", one_line(" ".join(sys.argv), 2000))
+        yield
+        log.info("finished")
+    except BaseException as error:
+        log.error("stopped: %s", one_line(str(error)) or type(error).__name__)
+        if not isinstance(error, HeredityError | KeyboardInterrupt):
+            log.error("%s", traceback.format_exc())
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def main() -> None:
+    """Run the command line; every way out has its exit code."""
+    # OpenMP threads that spin while they wait cost several times their work on a machine shared with other jobs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except HeredityError as error:
+        errors.print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
+        sys.exit(Exit.BAD_INPUT)
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command resumes")
+        sys.exit(130)
+    except Exception as error:
+        log.debug("internal error", exc_info=True)
+        errors.print(Text(f"internal error: {type(error).__name__}: {one_line(str(error))}", style="bold red"), soft_wrap=True)
+        sys.exit(Exit.INTERNAL)

@@ -1,0 +1,217 @@
+"""The measuring stages of an audit, each a resumable step over plain data."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from heredity.circuits.amplify import amplified_texts, vague_prompts
+from heredity.circuits.behaviours import Piece, largest_effect
+from heredity.circuits.divergence import TextScan, Window, scan
+from heredity.circuits.drift import drift
+from heredity.circuits.null import PERCENTILE, NullSuccessors
+from heredity.circuits.weights import directions
+from heredity.interp.capture import batches
+from heredity.interp.corpus import Corpus
+from heredity.interp.model import Encoded, Model
+
+from .budget import Budget
+from .work import Work
+
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total)"""
+
+Step = Callable[[str, Callable[[], Any]], Any]
+"""Runs or recalls a named step."""
+
+
+def windows(parent: Model, successor: Model, corpus: Corpus, budget: Budget, seed: int) -> list[Window]:
+    """Texts drawn (seeded) until the token budget is spent; long ones as overlapping windows, each position once."""
+    order = np.random.default_rng(seed).permutation(len(corpus.texts))
+    out: list[Window] = []
+    spent = 0
+    for k in order:
+        text = corpus.texts[int(k)]
+        for part, (piece, overlap) in enumerate(_pieces(parent, text.text, budget.window)):
+            encoded_p, encoded_s = parent.encode(piece), successor.encode(piece)
+            first = sum(end <= overlap for _, end in encoded_s.spans) if overlap else 0
+            if len(encoded_p.ids) < 2 or len(encoded_s.ids) <= first + 1:
+                continue
+            out.append(Window(f"{text.id}.{part}", encoded_p, encoded_s, first))
+            spent += len(encoded_p.ids)
+            if spent >= budget.scan_tokens:
+                return out
+    return out
+
+
+def _pieces(model: Model, text: str, size: int) -> list[tuple[str, int]]:
+    """``text`` as windows of at most ``size`` tokens, each with the characters it shares with the one before."""
+    spans = [span for span in model.spans(text) if span[1] > span[0]]
+    room = size - (len(model.spans(text)) - len(spans))
+    if len(spans) <= room:
+        return [(text, 0)]
+    shared = room // 4
+    out = []
+    for start in range(0, len(spans) - shared, room - shared):
+        begin = spans[start][0]
+        piece = text[begin : spans[min(start + room, len(spans)) - 1][1]]
+        out.append((piece, spans[start + shared - 1][1] - begin if start else 0))
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Scanned:
+    """Pieces with their divergence, and how often each token's logit moved most."""
+
+    pieces: list[Piece]
+    raised: dict[int, int]
+    lowered: dict[int, int]
+
+    @property
+    def kl(self) -> np.ndarray:
+        """KL(S‖P) of every compared position, nats."""
+        return np.array([value for piece in self.pieces for value in piece.scan.kl])
+
+    @property
+    def bulk(self) -> float:
+        """The percentile of KL(S‖P) by which the size of a change is measured, nats."""
+        return float(np.percentile(self.kl, PERCENTILE))
+
+    @property
+    def reverse(self) -> np.ndarray:
+        """KL(P‖S) of every compared position, nats."""
+        return np.array([value for piece in self.pieces for value in piece.scan.reverse])
+
+
+def scan_windows(
+    parent: Model,
+    successor: Model,
+    items: Sequence[Window],
+    source: str,
+    budget: Budget,
+    step: Step,
+    progress: Progress,
+) -> Scanned:
+    """Scan ``items`` in batches of similar length, one step per batch."""
+    scans: dict[int, TextScan] = {}
+    counts: dict[str, dict[int, int]] = {"raised": {}, "lowered": {}}
+    groups = batches([item.longer for item in items], budget.batch_tokens)
+    for number, members in enumerate(groups):
+        progress(f"comparing {source} text", number, len(groups))
+
+        def compute(members: list[int] = members) -> Any:
+            return dataclasses.asdict(scan(parent, successor, [items[i] for i in members]))
+
+        result = step(f"scan-{source}-{number:05d}", compute)
+        for i, raw in zip(members, result["texts"], strict=True):
+            scans[i] = TextScan(**raw)
+        for name, totals in counts.items():
+            for token, count in result[name].items():
+                totals[int(token)] = totals.get(int(token), 0) + count
+    progress(f"comparing {source} text", len(groups), len(groups))
+    pieces = [Piece(source, item.parent, item.successor, scans[i]) for i, item in enumerate(items)]
+    return Scanned(pieces, counts["raised"], counts["lowered"])
+
+
+def amplified(
+    parent: Model,
+    successor: Model,
+    openings: Sequence[Encoded],
+    budget: Budget,
+    step: Step,
+    progress: Progress,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Texts decoded from the successor (amplification 0) and from amplified differences, as plain data."""
+    prompts = vague_prompts(successor, openings, budget.amplified, seed)
+    out: list[dict[str, Any]] = []
+    for k, amount in enumerate(budget.amplifications):
+        progress("decoding amplified text", k, len(budget.amplifications))
+
+        def compute(amount: float = amount, k: int = k) -> Any:
+            decoded = amplified_texts(
+                parent, successor, prompts, amplification=amount, length=budget.amplified_length, seed=seed + k
+            )
+            return [dataclasses.asdict(item) for item in decoded]
+
+        out += step(f"amplified-{k}", compute)
+    progress("decoding amplified text", len(budget.amplifications), len(budget.amplifications))
+    return out
+
+
+def generated_windows(
+    parent: Model, successor: Model, texts: Sequence[dict[str, Any]], *, from_amplified: bool
+) -> list[Window]:
+    """Windows over decoded texts, compared from the last prompt token on."""
+    return [
+        Window(str(i), parent.encode(item["text"]), successor.encode(item["text"]), item["prompt_tokens"] - 1)
+        for i, item in enumerate(texts)
+        if (item["amplification"] > 0) == from_amplified
+    ]
+
+
+def null_effects(
+    nulls: NullSuccessors,
+    items: Sequence[Window],
+    size: float,
+    budget: Budget,
+    work: Work,
+    progress: Progress,
+    *,
+    seed: int,
+    threshold: float,
+    fewest: int,
+) -> dict[str, Any]:
+    """Scale of the null's change, and per null successor the largest behaviour-sized effect and the mean KL."""
+
+    def compare(model: Model, some: Sequence[Window]) -> Scanned:
+        return scan_windows(nulls.parent, model, some, "corpus", budget, lambda _, f: f(), lambda *_: None)
+
+    few = items[: max(1, len(items) // 4)]
+    progress("null successors", 0, budget.null_draws)
+    scale = work.step(
+        "null-scale",
+        lambda: nulls.matching_scale(lambda model: compare(model, few).bulk, size, seed * 1000),
+    )
+    draws = []
+    for draw in range(budget.null_draws):
+
+        def compute(draw: int = draw) -> Any:
+            with nulls.draw(seed * 1000 + draw, scale) as model:
+                scanned = compare(model, items)
+            return {
+                "largest": largest_effect(scanned.pieces, threshold, fewest),
+                "bulk": scanned.bulk,
+                "mean": float(scanned.kl.mean()),
+                "max": float(scanned.kl.max()),
+            }
+
+        draws.append(work.step(f"null-{draw:03d}", compute))
+        progress("null successors", draw + 1, budget.null_draws)
+    return {"scale": scale, "draws": draws}
+
+
+def drift_and_weights(
+    parent: Model, successor: Model, items: Sequence[Window], budget: Budget, work: Work, same: bool, progress: Progress
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """CKA and mean differences over some of ``items``; leading weight directions where the parameters correspond."""
+    progress("reading drift and weights", 0, 2)
+
+    def compute_drift() -> Any:
+        few = items[: max(1, budget.drift_tokens // budget.window)]
+        groups = batches([item.longer for item in few], budget.batch_tokens)
+        similarity, readings = drift(
+            parent, successor, [[(few[i].parent, few[i].successor) for i in group] for group in groups]
+        )
+        return {"cka": similarity, "readings": [dataclasses.asdict(r) for r in readings]}
+
+    drifted = work.step("drift", compute_drift)
+    progress("reading drift and weights", 1, 2)
+    weights = None
+    if same:
+        weights = work.step(
+            "weights", lambda: [dataclasses.asdict(d) for d in directions(parent, successor, count=12)]
+        )
+    progress("reading drift and weights", 2, 2)
+    return drifted, weights

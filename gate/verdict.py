@@ -1,0 +1,109 @@
+"""From behaviours to findings and a verdict, under a policy."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from .policy import Policy
+from .records import Behaviour, Circuit, Finding, Interval, NotMeasured
+
+Verdict = Literal["pass", "flag", "inconclusive"]
+
+
+def material(behaviour: Behaviour, policy: Policy) -> bool:
+    """Whether the behaviour is large and frequent enough for the policy to care."""
+    return behaviour.effect.low >= policy.material_nats and behaviour.n_contexts >= policy.fewest_contexts
+
+
+def beyond_null(behaviour: Behaviour, policy: Policy) -> bool:
+    """Whether no null successor shows an effect as large (with the policy's margin)."""
+    return behaviour.effect.estimate > policy.null_margin * behaviour.null_max
+
+
+def findings(behaviours: Sequence[Behaviour], policy: Policy) -> tuple[Finding, ...]:
+    """One finding per material behaviour beyond the null, declared or not."""
+    out = []
+    for behaviour in behaviours:
+        if not material(behaviour, policy) or not beyond_null(behaviour, policy):
+            continue
+        circuit = behaviour.circuit
+        found = circuit if isinstance(circuit, Circuit) else None
+        reason = NotMeasured(reason="") if found else circuit
+        out.append(
+            Finding(
+                id=f"f{len(out) + 1}",
+                behaviour=behaviour.id,
+                title=behaviour.title,
+                declared_by=behaviour.declared_by,
+                sites=tuple(sorted({_site(node) for node in found.selected})) if found else (),
+                nodes=found.selected if found else (),
+                effect=behaviour.effect,
+                emergence=behaviour.emergent,
+                opacity=behaviour.opacity,
+                impact=behaviour.impact,
+                q_value=behaviour.false_alarm,
+                reversion=found.reversion if found else reason,  # pyright: ignore[reportArgumentType]
+                transplant=NotMeasured(reason="putting the mechanism into the parent is not part of this version"),
+                confirmed=found is not None and found.confirmed,
+                examples=behaviour.examples,
+            )
+        )
+    return tuple(out)
+
+
+def decide(
+    behaviours: Sequence[Behaviour], found: Sequence[Finding], tokens: int, policy: Policy
+) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict with its reasons, the weightiest first."""
+    open_findings = [finding for finding in found if finding.declared_by is None]
+    flagged = [f for f in open_findings if f.confirmed or policy.unconfirmed == "flag"]
+    unsure = [f for f in open_findings if f not in flagged]
+    doubtful = [
+        b for b in behaviours if b.declared_by is None and material(b, policy) and not beyond_null(b, policy)
+    ]
+    declared = [f for f in found if f.declared_by is not None]
+    reasons = [_flag_reason(f) for f in flagged]
+    reasons += [
+        f"{f.behaviour} {f.title}: {_nats(f.effect)} and not declared, but no set of parts was shown to carry it "
+        "better than random sets."
+        for f in unsure
+    ]
+    reasons += [
+        f"{b.id} {b.title}: {_nats(b.effect)}, but null successors of the same size reach {b.null_max:.3g} nats, so it "
+        "cannot be told from a meaningless change."
+        for b in doubtful
+    ]
+    if tokens < policy.fewest_tokens:
+        reasons.append(f"Only {tokens} tokens could be compared; the policy asks for {policy.fewest_tokens}.")
+    if flagged:
+        verdict: Verdict = "flag"
+    elif unsure or doubtful or tokens < policy.fewest_tokens:
+        verdict = "inconclusive"
+    else:
+        verdict = "pass"
+        reasons.append(
+            "Every behaviour over the policy's threshold was declared."
+            if declared
+            else "No behaviour reaches the policy's threshold."
+        )
+    reasons += [f"{f.behaviour} {f.title}: {_nats(f.effect)}, declared as “{f.declared_by}”." for f in declared]
+    return verdict, tuple(reasons)
+
+
+def _flag_reason(finding: Finding) -> str:
+    causal = ""
+    if isinstance(finding.reversion, Interval):
+        causal = (
+            f"; putting the parent's values into {len(finding.nodes)} part(s) of the successor removes "
+            f"{finding.reversion.estimate:.0%} of it"
+        )
+    elif finding.confirmed:
+        causal = f"; averaging out {len(finding.nodes)} part(s) of the successor removes it"
+    return f"{finding.behaviour} {finding.title}: {_nats(finding.effect)}, not declared{causal}."
+
+
+def _nats(effect: Interval) -> str:
+    return f"{effect.estimate:.3g} nats [{effect.low:.3g}, {effect.high:.3g}] in {effect.n} contexts"
+
+
+def _site(node: str) -> str:
+    return node.split(".")[0].replace("attn_head", "attn_out")

@@ -1,0 +1,52 @@
+"""Resumable steps: each result is written once, atomically, and read back on the next run.
+
+A run always works with what it read back, never with what it just computed, so an interrupted and an uninterrupted
+audit see the same bytes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heredity.interp.errors import OutputError
+
+
+class Work:
+    """The work folder of one audit, keyed by everything its steps depend on."""
+
+    def __init__(self, out: Path, key: str) -> None:
+        root = out / "work"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for other in root.iterdir():
+                if other.name != key[:32]:
+                    shutil.rmtree(other)
+            self._folder = root / key[:32]
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                error.strerror or "cannot be written", where=str(out), remedy="Name a directory that can be written."
+            ) from None
+
+    def step(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of step ``name``: read where it is there and whole, computed and written where it is not."""
+        path = self._folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            text = json.dumps(compute())
+            write_atomically(path, text)
+            return json.loads(text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the whole new one, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
