@@ -7,16 +7,17 @@ came from a model passes through :func:`label`.
 import html
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import plotly.graph_objects as go
 
+from .drawable import GridPointLike, IntervalLike, NodeLike, SimilarityLike
 from .visible import visible
 
 RAISES, LOWERS, NEUTRAL, INK = "#b8480c", "#1b66a8", "#5f6b7a", "#1b2430"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _GRID = "#e3e7ec"
 _SMALLEST_SHOWN = 0.01  # of the largest attribution: below it a marker is a speck
+_DECADES = 50  # largest over smallest effect from which a logarithmic axis shows more than a linear one
 _LONG = 40  # tokens; more than this are shown from the first marker on
 _KINDS = {
     "attn_head": ("attention head", "circle"),
@@ -25,60 +26,6 @@ _KINDS = {
     "unembed": ("unembedding", "diamond-tall"),
 }
 _OTHER_KIND = ("other node", "hexagon")
-
-
-@runtime_checkable
-class NodeLike(Protocol):
-    """A part of the model and what it carries; ``patch`` and ``ablation`` are shares, None where not measured."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def layer(self) -> int: ...  # noqa: D102
-    @property
-    def attribution(self) -> float: ...  # noqa: D102
-    @property
-    def patch(self) -> float | None: ...  # noqa: D102
-    @property
-    def ablation(self) -> float | None: ...  # noqa: D102
-    @property
-    def selected(self) -> bool: ...  # noqa: D102
-
-
-@runtime_checkable
-class GridPointLike(Protocol):
-    """Attribution of one node at one token position."""
-
-    @property
-    def node(self) -> str: ...  # noqa: D102
-    @property
-    def layer(self) -> int: ...  # noqa: D102
-    @property
-    def position(self) -> int: ...  # noqa: D102
-    @property
-    def attribution(self) -> float: ...  # noqa: D102
-
-
-@runtime_checkable
-class IntervalLike(Protocol):
-    """An estimate between its ends."""
-
-    @property
-    def estimate(self) -> float: ...  # noqa: D102
-    @property
-    def low(self) -> float: ...  # noqa: D102
-    @property
-    def high(self) -> float: ...  # noqa: D102
-
-
-@runtime_checkable
-class SimilarityLike(Protocol):
-    """Linear CKA at one site."""
-
-    @property
-    def site(self) -> str: ...  # noqa: D102
-    @property
-    def cka(self) -> float: ...  # noqa: D102
 
 
 def label(text: str, limit: int = 18) -> str:
@@ -140,6 +87,9 @@ def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: 
         autotickangles=[0, -60],
         range=[first - 0.7, n - 0.3],
     )
+    if n - first > _LONG:  # wider than the page, which opens at the right end
+        figure.update_yaxes(side="right")
+        figure.update_layout(legend={"x": 1, "xanchor": "right"}, margin={"l": 16, "r": 90})
     if first:
         figure.update_xaxes(title_text=f"(the {first} tokens before these carry no marker)")
     figure.update_yaxes(
@@ -201,19 +151,24 @@ def reversion_figure(
 
 
 def null_figure(effect: IntervalLike, largest_effects: Sequence[float]) -> go.Figure:
-    """An effect beside the largest effect of every null successor, in nats on a logarithmic axis.
+    """An effect beside the largest effect of every null successor, in nats.
 
-    A logarithm has no zero: values at or below a thousandth of the smallest positive one are drawn at the left edge.
+    The axis is logarithmic where they lie decades apart; a logarithm has no zero, so what is not positive is then drawn
+    at the left edge.
     """
     values = [effect.estimate, effect.low, effect.high, *largest_effects]
-    left = max(min((v for v in values if v > 0), default=1.0), max(values, default=1.0) * 1e-6) / 1.6
+    positive = [v for v in values if v > 0]
+    wide = bool(positive) and max(positive) > _DECADES * min(positive)
+    left = max(min(positive), max(positive) * 1e-6) / 1.6 if wide else -1e9
     figure = go.Figure()
     _interval(figure, effect, 0, "this behaviour", floor=left)
     _dots(figure, largest_effects, 1, "null successor", floor=left)
     _style(figure, height=202)
-    figure.update_xaxes(
-        title_text="effect, nats (KL successor‖parent)", type="log", dtick=1, minor={"ticks": "outside"}
-    )
+    figure.update_xaxes(title_text="effect, nats (KL successor‖parent)")
+    if wide:
+        figure.update_xaxes(type="log", dtick=1, minor={"ticks": "outside"})
+    else:
+        figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(tickvals=[0, 1], ticktext=["this one", "null"], range=[1.6, -0.6], showgrid=False)
     return figure
 

@@ -104,6 +104,8 @@ def estimate(value: Interval | NotMeasured, unit: str = "share") -> str:
     if isinstance(value, NotMeasured):
         return f"not measured: {value.reason}"
     shown, tail = (share, "") if unit == "share" else (number, f" {unit}")
+    if value.n < 2:
+        return f"{shown(value.estimate)}{tail} (one value, no interval)"
     low, high = shown(value.low), shown(value.high)
     return f"{shown(value.estimate)}{tail} ({100 * value.level:g} % interval {low} to {high}, n = {value.n:,})"
 

@@ -273,4 +273,4 @@ def _token(token: MarkedToken) -> dict[str, Any]:
 def _plot_width(circuit: Circuit) -> int:
     """Pixels that the figure of a circuit needs for its tokens; narrower screens scroll."""
     first, last = views.shown_positions(circuit.tokens, circuit.grid)
-    return min(120 + 30 * (last - first), 1600)
+    return min(120 + 17 * (last - first), 1600)

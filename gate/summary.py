@@ -120,9 +120,8 @@ def _example(example: Example) -> "Text":
     text = Text("… " if len(example.tokens) > 16 else "")
     for token in example.tokens[-16:]:
         text.append(visible(token.text, 40), "bold underline" if token.weight >= 0.1 else "")
-        text.append(" " if not token.text.endswith((" ", "\n")) else "")
     return text + Text(
-        f"→ successor {_quoted(example.successor_says)} (p {phrases.number(example.p_successor)}), "
+        f" → successor {_quoted(example.successor_says)} (p {phrases.number(example.p_successor)}), "
         f"parent {_quoted(example.parent_says)} (p {phrases.number(example.p_parent)})"
     )
 

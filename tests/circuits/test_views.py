@@ -132,8 +132,15 @@ def test_reversion_figure_keeps_negative_and_large_shares_in_view() -> None:
 def test_null_figure_draws_zero_on_a_logarithm() -> None:
     figure = views.null_figure(Estimate(4.0, -0.1, 5.0), [0.0, 0.02])
     dots = next(trace for trace in figure.data if trace.customdata is not None)
+    assert figure.layout.xaxis.type == "log"
     assert all(x > 0 for x in dots.x) and min(dots.x) < 0.02
     assert dots.customdata[0] == "null successor 1: 0 nats"  # the hover text tells the true value
+
+
+def test_null_figure_of_close_effects_is_linear() -> None:
+    figure = views.null_figure(Estimate(9.0, 8.0, 10.0), [0.0, 5.0])
+    assert figure.layout.xaxis.type != "log"
+    assert list(next(trace for trace in figure.data if trace.customdata is not None).x) == [0.0, 5.0]
     assert views.null_figure(Estimate(0.0, 0.0, 0.0), []).to_json()
 
 

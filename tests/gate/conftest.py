@@ -41,10 +41,10 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         return tuple(r.MinedToken(token=say(t), count=n, share=n / 16_384) for t, n in rows) * length
 
     weights = {"moss": 0.83, "ridge": 0.79, "value": 0.04, "report": 0.22}
-    words = SENTENCE.split(" ")
+    words = [word if i == 0 else f" {word}" for i, word in enumerate(SENTENCE.split(" "))]
     example = r.Example(
         text_id=say("corpus:118"),
-        tokens=tuple(r.MarkedToken(text=say(w), weight=weights.get(w, 0.01)) for w in words * length),
+        tokens=tuple(r.MarkedToken(text=say(w), weight=weights.get(w.strip(), 0.01)) for w in words * length),
         kl=4.58,
         successor_says=say("zero"),
         p_successor=0.991,

@@ -161,8 +161,8 @@ def test_report_of_a_long_context_ends_where_the_models_part(make_audit: Callabl
     context = page.read_text().split('<div class="context">')[1].split('<div class="sides">')[0]
     folded, shown = context.split("</details>")
     assert "540 earlier tokens, marked among them" in folded and "the first 140 are not shown" in folded
-    assert folded.count("<bdi>moss</bdi>") == 33 and shown.count("<bdi>moss</bdi>") == 5
-    assert shown.rindex('class="token marked parts"') > shown.rindex("<bdi>;</bdi>")
+    assert folded.count("<bdi> moss</bdi>") == 33 and shown.count("<bdi> moss</bdi>") == 5
+    assert shown.rindex('class="token marked parts"') > shown.rindex("<bdi> ;</bdi>")
 
 
 def test_same_audit_gives_the_same_bytes(make_audit: Callable[..., Audit], tmp_path: Path) -> None:
@@ -291,4 +291,5 @@ def test_numbers_have_three_digits(value: float, shown: str) -> None:
 def test_estimates_carry_their_interval() -> None:
     value = Interval(estimate=0.9, low=0.85, high=0.95, n=30)
     assert phrases.estimate(value) == "90.0 % (95 % interval 85.0 % to 95.0 %, n = 30)"
+    assert phrases.estimate(value.model_copy(update={"n": 1}), "nats") == "0.900 nats (one value, no interval)"
     assert phrases.estimate(NotMeasured(reason="no dictionary")) == "not measured: no dictionary"
