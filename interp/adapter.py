@@ -96,12 +96,12 @@ def merge(adapter: Adapter, model: "nn.Module") -> None:
 
         deltas = {name: (read(a), read(b)) for name, (a, b) in factors.items()}
         replaced = {name: read(tensor) for name, tensor in plan.items()}
+        for name, value in replaced.items():
+            model.get_parameter(name).copy_(value)
         for name, (a, b) in deltas.items():
             module, delta = model.get_submodule(name), b @ a
             weight: Any = module.weight
             weight += (delta.T if _is_transposed(module) else delta) * _scaling(adapter, name, a.shape[0])
-        for name, value in replaced.items():
-            model.get_parameter(name).copy_(value)
 
 
 def _plan(adapter: Adapter, model: "nn.Module") -> tuple[dict[str, Stored], dict[str, tuple[Stored, Stored]]]:
@@ -112,17 +112,21 @@ def _plan(adapter: Adapter, model: "nn.Module") -> tuple[dict[str, Stored], dict
     halves: dict[str, dict[str, Stored]] = {}
     replaced: dict[str, Stored] = {}
     for name, tensor in adapter.tensors.items():
-        # peft keeps the bias of a module it wrapped one level down.
-        bare = name.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
+        # peft keeps what a module had before it was wrapped one level down.
+        bare = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         suffix = next((s for s in _FACTORS if bare.endswith(f".{s}")), None)
         if suffix is not None:
             halves.setdefault(bare[: -len(suffix) - 1], {})[_FACTORS[suffix]] = tensor
-        elif bare in parameters and _replaceable(adapter, bare):
+        elif bare in parameters and (".base_layer.weight" in name or _replaceable(adapter, bare)):
             replaced[bare] = tensor
         else:
             raise _fault("nothing in the base or adapter_config.json asks for this tensor", path, name, _OTHER_BASE)
     for name, pair in halves.items():
         _check_pair(adapter, name, pair, modules.get(name), path)
+    # Beside the factors of an embedding peft stores the embedding itself, in case it was resized.
+    for name in replaced:
+        if not _replaceable(adapter, name) and name.removesuffix(".weight") not in halves:
+            raise _fault("nothing in the base or adapter_config.json asks for this tensor", path, name, _OTHER_BASE)
     for name, tensor in replaced.items():
         if tensor.shape != tuple(parameters[name].shape):
             raise _fault(

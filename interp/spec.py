@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .errors import ModelError
+from .errors import ModelError, one_line
 
 Role = Literal["parent", "successor"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
@@ -44,7 +44,7 @@ def parse_spec(text: str, role: Role = "parent") -> ModelSpec:
         return ModelSpec("hub", text)
     raise ModelError(
         "no such file or directory",
-        where=text or "(empty model argument)",
+        where=one_line(text, 200) or "(empty model argument)",
         remedy="Give a Hugging Face directory, a .gguf file, BASE+ADAPTER, or a hub id such as org/name.",
     )
 
