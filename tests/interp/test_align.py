@@ -1,9 +1,10 @@
 import pytest
 import torch
-from heredity.interp.align import align, same_vocabulary, shared_vocabulary
-from heredity.interp.model import Encoded
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from heredity.interp.align import align, same_vocabulary, shared_vocabulary
+from heredity.interp.model import Encoded
 
 TEXTS = (
     "The old bridge over the river was closed, so we took the train.",

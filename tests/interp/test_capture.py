@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from heredity.interp import capture as capture_module
 from heredity.interp.capture import batches, capture
 from heredity.interp.corpus import corpus_of

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from heredity.interp.corpus import MAX_CHARS, Corpus, Text, corpus_of, read_corpus
 from heredity.interp.errors import CorpusError
 

@@ -3,12 +3,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from heredity.interp.capture import capture
 from heredity.interp.corpus import corpus_of
 from heredity.interp.errors import StoreError
 from heredity.interp.model import Model
 from heredity.interp.store import Store, open_store
-from safetensors.torch import save_file
 
 SITES = ("mlp_out@0", "resid_post@2")
 TEXTS = ["the old river", "a train to the coast", "so we took it .", "bread and milk"]

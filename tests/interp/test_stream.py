@@ -5,6 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from heredity.interp.align import align
 from heredity.interp.capture import capture
 from heredity.interp.corpus import Corpus, corpus_of
@@ -12,9 +16,6 @@ from heredity.interp.errors import StoreError
 from heredity.interp.model import Model
 from heredity.interp.store import Store
 from heredity.interp.stream import stream
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 WORDS = "the old river was cold and dark , so we took a train to the coast 🙂 ."
 SITES = ("resid_post@1", "attn_z@0")
