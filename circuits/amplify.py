@@ -17,7 +17,7 @@ from heredity.interp.sampling import chat_prompts, decode_batch, prefixes, sampl
 
 from .divergence import vocabulary
 
-PLAUSIBLE = 1e-2
+PLAUSIBLE = 1e-3
 """A token is eligible when the successor gives it at least this share of its most probable token's probability."""
 
 VAGUE_TURNS = (

@@ -7,6 +7,7 @@ Neighbouring divergent positions of a text form an episode; episodes whose predi
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -39,11 +40,14 @@ SURER = 0.25
 """Difference of top probability from which one model counts as surer than the other."""
 
 
+Source = Literal["corpus", "sampled", "amplified"]
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of text as both models read it, with its scan."""
 
-    source: str
+    source: Source
     """``corpus`` (given), ``sampled`` (written by the successor) or ``amplified``."""
     parent: Encoded
     successor: Encoded
@@ -93,7 +97,7 @@ class Cluster:
         return float(np.mean([c.kl for c in self.contexts]))
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["emergent", "lost", "replaced"]:
         """``emergent`` where only the successor is sure, ``lost`` where only the parent is, else ``replaced``."""
         sure_s = np.mean([c.piece.scan.p_successor[c.at] for c in self.contexts])
         sure_p = np.mean([c.piece.scan.p_parent[c.at] for c in self.contexts])

@@ -56,7 +56,7 @@ class Donor:
 
 
 def head_writes(model: Model, layer: int, z: Tensor, heads: Sequence[int]) -> Tensor:
-    """What each of ``heads`` writes given the head values ``z`` [batch, pos, head, d_head]: [batch, pos, head, d_model]."""
+    """What ``heads`` write, [batch, pos, len(heads), d_model], given all values ``z`` [batch, pos, head, d_head]."""
     weight, bias = model.head_weights(layer)
     chosen = list(heads)
     return torch.einsum("bphd,hdm->bphm", z[:, :, chosen], weight[chosen]) + bias / model.shape.n_heads
@@ -94,7 +94,7 @@ def mean_donor(model: Model, batches: Sequence[tuple[Tensor, Tensor]]) -> Donor:
 
 
 def patched_logits(model: Model, tokens: Tensor, replaced: Collection[Node], donor: Donor) -> Tensor:
-    """``model``'s logits [batch, pos, d_vocab] on ``tokens`` with the nodes in ``replaced`` giving the donor's values."""
+    """Logits [batch, pos, d_vocab] on ``tokens`` with the nodes in ``replaced`` giving the donor's values."""
     edits: dict[str, Edit] = {}
     heads: dict[int, list[int]] = {}
     for node in sorted(replaced):

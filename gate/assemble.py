@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from heredity.circuits.behaviours import Cluster, Piece, cluster
+from heredity.circuits.behaviours import Cluster, Piece, Source, cluster
 from heredity.circuits.components import Donor, mean_donor
 from heredity.circuits.divergence import vocabulary
 from heredity.circuits.null import NullSuccessors
@@ -46,7 +46,7 @@ EPISODE_NATS = 0.3
 LISTED = 12
 """Behaviours listed at most."""
 
-ORDER = ("corpus", "sampled", "amplified")
+ORDER: tuple[Source, ...] = ("corpus", "sampled", "amplified")
 """Sources of text, the most ordinary first."""
 
 MATCHING = "needs mechanisms of parent and successor matched one to one, which this version does not do"
@@ -91,16 +91,15 @@ def measure(
     """Run every stage. ``another_parent`` loads a second copy of the parent, for the null between architectures."""
     pair = Pair(parent, successor, comparable(parent, successor), vocabulary(parent, successor).same)
     items = stages.windows(parent, successor, corpus, sizes, seed)
-    scanned = {"corpus": stages.scan_windows(parent, successor, items, "corpus", sizes, work.step, progress)}
-    decoded = stages.amplified(
-        parent, successor, [item.successor for item in items], sizes, work.step, progress, seed
-    )
-    for source, flag in (("sampled", False), ("amplified", True)):
+    scanned: dict[Source, Scanned] = {
+        "corpus": stages.scan_windows(parent, successor, items, "corpus", sizes, work.step, progress)
+    }
+    decoded = stages.amplified(parent, successor, [item.successor for item in items], sizes, work.step, progress, seed)
+    generated: tuple[tuple[Source, bool], ...] = (("sampled", False), ("amplified", True))
+    for source, flag in generated:
         texts = stages.generated_windows(parent, successor, decoded, from_amplified=flag)
         scanned[source] = stages.scan_windows(parent, successor, texts, source, sizes, work.step, progress)
-    drifted, weights = stages.drift_and_weights(
-        parent, successor, items, sizes, work, pair.same_parameters, progress
-    )
+    drifted, weights = stages.drift_and_weights(parent, successor, items, sizes, work, pair.same_parameters, progress)
     null = _null(pair, items, scanned["corpus"], sizes, rules, work, seed, progress, another_parent)
     pieces = [piece for source in ORDER for piece in scanned[source].pieces]
     clusters = [c for c in cluster(pieces, EPISODE_NATS) if len(c.contexts) > 1 or c.contexts[0].kl >= 1][:LISTED]
@@ -115,10 +114,10 @@ def measure(
         ),
         drift=Drift(
             mean_kl=tidy(kl.mean()),
-            weight_distance=_exact(relative_distance(parent, successor))
+            weight_distance=tidy(relative_distance(parent, successor))
             if pair.same_parameters
             else NotMeasured(reason="the models have different parameters"),
-            lowest_cka=_exact(min(value for _, value in drifted["cka"])),
+            lowest_cka=tidy(min(value for _, value in drifted["cka"])),
         ),
         texts=len(items),
         tokens=sum(len(item.parent.ids) for item in items),
@@ -169,17 +168,10 @@ def _null(
     )
 
 
-def _exact(value: float) -> Interval:
-    """A number computed over everything it is about, not estimated from a sample."""
-    return Interval(estimate=tidy(value), low=tidy(value), high=tidy(value), n=1)
-
-
 def _mass(found: Cluster, source: str) -> float:
     """KL(S‖P) summed over the episodes of ``source``, nats."""
     return float(
-        sum(
-            sum(c.piece.scan.kl[c.span[0] : c.span[1] + 1]) for c in found.contexts if c.piece.source == source
-        )
+        sum(sum(c.piece.scan.kl[c.span[0] : c.span[1] + 1]) for c in found.contexts if c.piece.source == source)
     )
 
 
@@ -187,7 +179,7 @@ def _behaviours(
     pair: Pair,
     clusters: Sequence[Cluster],
     items: Sequence[Any],
-    scanned: dict[str, Scanned],
+    scanned: dict[Source, Scanned],
     null: Null | NotMeasured,
     sizes: Budget,
     rules: Loaded,
@@ -265,7 +257,7 @@ def _behaviour(
     name: str,
     effect: Interval,
     traced: dict[str, Any],
-    scanned: dict[str, Scanned],
+    scanned: dict[Source, Scanned],
     null: Null | NotMeasured,
     quiet: Sequence[str],
     rules: Loaded,
@@ -304,7 +296,7 @@ def _behaviour(
     )
 
 
-def _quiet_texts(scanned: dict[str, Scanned], clusters: Sequence[Cluster]) -> list[str]:
+def _quiet_texts(scanned: dict[Source, Scanned], clusters: Sequence[Cluster]) -> list[str]:
     """Texts in which no behaviour shows."""
     loud = {id(c.piece) for found in clusters for c in found.contexts}
 
@@ -316,7 +308,7 @@ def _quiet_texts(scanned: dict[str, Scanned], clusters: Sequence[Cluster]) -> li
 
 def _baselines(
     pair: Pair,
-    scanned: dict[str, Scanned],
+    scanned: dict[Source, Scanned],
     decoded: Sequence[dict[str, Any]],
     drifted: dict[str, Any],
     weights: list[dict[str, Any]] | None,
@@ -329,7 +321,7 @@ def _baselines(
         amplified=_amplified(scanned["amplified"], [d for d in decoded if d["amplification"] > 0]),
         weights=NotMeasured(reason="the models have different parameters")
         if weights is None
-        else tuple(WeightReadout(**{k: tidy(v) if isinstance(v, float) else v for k, v in w.items()}) for w in weights),
+        else tuple(WeightReadout.model_validate(_tidied(w)) for w in weights),
         mean_differences=tuple(
             MeanDifference(**{**reading, "relative_norm": tidy(reading["relative_norm"])})
             for reading in drifted["readings"]
@@ -337,6 +329,10 @@ def _baselines(
         or NotMeasured(reason="the models have different widths"),
         similarity=tuple(LayerSimilarity(site=site, cka=tidy(value)) for site, value in drifted["cka"]),
     )
+
+
+def _tidied(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: tidy(value) if isinstance(value, float) else value for name, value in record.items()}
 
 
 def _divergence(corpus: Scanned) -> Divergence:

@@ -56,15 +56,22 @@ def audit(
     parent: Annotated[str, typer.Argument(help=ModelArgument)],
     successor: Annotated[str, typer.Argument(help=ModelArgument)],
     out: Out,
-    corpus: Annotated[list[Path] | None, typer.Option(help="Text to compare on; sampled from the parent if absent.")] = None,
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="Text to compare on; sampled from the parent if absent.")
+    ] = None,
     field: Field = "text",
     intent: Annotated[Path | None, typer.Option(help="YAML: what the makers of the successor declared.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="YAML: what counts as a finding. Default: the shipped one.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="YAML: what counts as a finding. Default: the shipped one.")
+    ] = None,
     budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much to look at.")] = "quick",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Compare SUCCESSOR with PARENT and decide. Exit code: 0 pass, 1 finding, 2 bad input, 3 inconclusive, 4 internal."""
+    """Compare SUCCESSOR with PARENT and decide.
+
+    Exit code: 0 pass, 1 finding over policy, 2 bad input, 3 inconclusive, 4 internal error.
+    """
     from .audit import Request, run
     from .summary import terminal
 
@@ -136,7 +143,9 @@ def view(
 
 @app.command()
 def example(
-    name: Annotated[Literal["zoo", "smollm2"], typer.Argument(help="zoo: tiny models, at once. smollm2: a real 135M model.")],
+    name: Annotated[
+        Literal["zoo", "smollm2"], typer.Argument(help="zoo: tiny models, at once. smollm2: a real 135M model.")
+    ],
     out: Out,
 ) -> None:
     """Write an example parent with successors to audit into DIR."""
@@ -151,7 +160,8 @@ def example(
 @zoo_app.command("build")
 def zoo_build(
     kind: Annotated[
-        Literal["identical", "benign", "trigger", "skill", "lost", "wider"], typer.Argument(help="What the successor is.")
+        Literal["identical", "benign", "trigger", "skill", "lost", "wider"],
+        typer.Argument(help="What the successor is."),
     ],
     out: Out,
     seed: Seed = 0,
@@ -216,5 +226,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         log.debug("internal error", exc_info=True)
-        errors.print(Text(f"internal error: {type(error).__name__}: {one_line(str(error))}", style="bold red"), soft_wrap=True)
+        errors.print(
+            Text(f"internal error: {type(error).__name__}: {one_line(str(error))}", style="bold red"), soft_wrap=True
+        )
         sys.exit(Exit.INTERNAL)

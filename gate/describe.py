@@ -15,7 +15,8 @@ from heredity.interp.sampling import greedy
 
 from .budget import Budget
 from .policy import Change, Policy
-from .records import Circuit, Example, GridPoint, Interval, MarkedToken, Node as NodeRecord, NotMeasured, TokenChange, tidy
+from .records import Circuit, Example, GridPoint, Interval, MarkedToken, NotMeasured, TokenChange, tidy
+from .records import Node as NodeRecord
 
 CONTINUATION = 16
 """Tokens of greedy continuation shown."""
@@ -58,7 +59,7 @@ def changes(cluster: Cluster, model: Model, *, of_successor: bool) -> tuple[Toke
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[:8]
     out = []
     for token, pairs in ranked:
-        mean_own, mean_other = (tidy(np.mean([p[k] for p in pairs])) for k in (0, 1))
+        mean_own, mean_other = (tidy(sum(p[k] for p in pairs) / len(pairs)) for k in (0, 1))
         p_successor, p_parent = (mean_own, mean_other) if of_successor else (mean_other, mean_own)
         out.append(
             TokenChange(token=model.decode([token]), p_successor=p_successor, p_parent=p_parent, count=len(pairs))
@@ -78,17 +79,13 @@ def examples(
     for k, context in enumerate(list(chosen.values())[: max(marked, 4)]):
         weights = None
         if budget is not None and k < marked:
-            weights = token_weights(
-                parent, successor, context, pool, seed=seed + k, batch_tokens=budget.batch_tokens
-            )
+            weights = token_weights(parent, successor, context, pool, seed=seed + k, batch_tokens=budget.batch_tokens)
         scan, at = context.piece.scan, context.at
         spans = context.piece.successor.spans[: len(context.ids_successor)]
         text = context.piece.successor.text
         tokens = tuple(
             MarkedToken(text=text[a:b] if b > a else successor.decode([i]), weight=tidy(w))
-            for i, (a, b), w in zip(
-                context.ids_successor, _gapless(spans), weights or [0.0] * len(spans), strict=True
-            )
+            for i, (a, b), w in zip(context.ids_successor, _gapless(spans), weights or [0.0] * len(spans), strict=True)
         )
         out.append(
             Example(

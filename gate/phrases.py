@@ -99,11 +99,13 @@ def share(value: float) -> str:
     return f"{number(100.0 * value)} %"
 
 
-def estimate(value: Interval | NotMeasured, unit: str = "share") -> str:
-    """An estimate with its interval, or why there is none; ``unit`` is ``share`` or a word such as ``nats``."""
+def estimate(value: Interval | NotMeasured | float, unit: str = "share") -> str:
+    """An exact number, an estimate with its interval, or why there is none; ``unit`` is ``share`` or, say, ``nats``."""
     if isinstance(value, NotMeasured):
         return f"not measured: {value.reason}"
     shown, tail = (share, "") if unit == "share" else (number, f" {unit}")
+    if not isinstance(value, Interval):
+        return f"{shown(value)}{tail}"
     if value.n < 2:
         return f"{shown(value.estimate)}{tail} (one value, no interval)"
     low, high = shown(value.low), shown(value.high)

@@ -21,7 +21,7 @@ class Policy(_Strict):
     version: Literal[1]
     material_nats: float = Field(gt=0)
     fewest_contexts: int = Field(ge=1)
-    null_margin: float = Field(ge=0)
+    false_alarm: float = Field(gt=0, le=1)
     causal_share: float = Field(ge=0, le=1)
     unconfirmed: Literal["inconclusive", "flag"]
     declared_share: float = Field(gt=0, le=1)

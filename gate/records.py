@@ -17,6 +17,11 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def tidy(value: float) -> float:
+    """``value`` to six significant digits: what a reader needs, free of the last bits' noise."""
+    return float(f"{float(value):.6g}")
+
+
 class NotMeasured(Record):
     """A value that this audit did not measure."""
 
@@ -347,9 +352,10 @@ class Drift(Record):
     """How far the successor moved as a whole."""
 
     mean_kl: float
-    weight_distance: Estimate
+    weight_distance: float | NotMeasured
     """‖θ_S − θ_P‖ / ‖θ_P‖."""
-    lowest_cka: Estimate
+    lowest_cka: float
+    """Smallest linear CKA over the sites read."""
 
 
 class PolicyRecord(Record):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from heredity.circuits.amplify import amplified_texts, vague_prompts
-from heredity.circuits.behaviours import Piece, largest_effect
+from heredity.circuits.behaviours import Piece, Source, largest_effect
 from heredity.circuits.divergence import TextScan, Window, scan
 from heredity.circuits.drift import drift
 from heredity.circuits.null import PERCENTILE, NullSuccessors
@@ -88,7 +88,7 @@ def scan_windows(
     parent: Model,
     successor: Model,
     items: Sequence[Window],
-    source: str,
+    source: Source,
     budget: Budget,
     step: Step,
     progress: Progress,
@@ -210,8 +210,6 @@ def drift_and_weights(
     progress("reading drift and weights", 1, 2)
     weights = None
     if same:
-        weights = work.step(
-            "weights", lambda: [dataclasses.asdict(d) for d in directions(parent, successor, count=12)]
-        )
+        weights = work.step("weights", lambda: [dataclasses.asdict(d) for d in directions(parent, successor, count=12)])
     progress("reading drift and weights", 2, 2)
     return drifted, weights

@@ -15,8 +15,8 @@ def material(behaviour: Behaviour, policy: Policy) -> bool:
 
 
 def beyond_null(behaviour: Behaviour, policy: Policy) -> bool:
-    """Whether no null successor shows an effect as large (with the policy's margin)."""
-    return behaviour.effect.estimate > policy.null_margin * behaviour.null_max
+    """Whether null successors show an effect as large no more often than the policy allows."""
+    return behaviour.false_alarm <= policy.false_alarm
 
 
 def findings(behaviours: Sequence[Behaviour], policy: Policy) -> tuple[Finding, ...]:
@@ -57,9 +57,7 @@ def decide(
     open_findings = [finding for finding in found if finding.declared_by is None]
     flagged = [f for f in open_findings if f.confirmed or policy.unconfirmed == "flag"]
     unsure = [f for f in open_findings if f not in flagged]
-    doubtful = [
-        b for b in behaviours if b.declared_by is None and material(b, policy) and not beyond_null(b, policy)
-    ]
+    doubtful = [b for b in behaviours if b.declared_by is None and material(b, policy) and not beyond_null(b, policy)]
     declared = [f for f in found if f.declared_by is not None]
     reasons = [_flag_reason(f) for f in flagged]
     reasons += [
@@ -68,8 +66,8 @@ def decide(
         for f in unsure
     ]
     reasons += [
-        f"{b.id} {b.title}: {_nats(b.effect)}, but null successors of the same size reach {b.null_max:.3g} nats, so it "
-        "cannot be told from a meaningless change."
+        f"{b.id} {b.title}: {_nats(b.effect)}, but {b.false_alarm:.0%} of null successors show as much, so it cannot "
+        "be told from a meaningless change of the same size."
         for b in doubtful
     ]
     if tokens < policy.fewest_tokens:
