@@ -33,8 +33,9 @@ _SENTENCES = (
 )
 _PROBE_TOKENS = 48
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt"]
-# Set here, and so also ours to lift when a hub id is named later in the same process.
 _OFFLINE = "HF_HUB_OFFLINE"
+# A user's own ban on the network stands even when a hub id is named; ours is lifted for it.
+_BANNED_BY_USER = any(os.environ.get(name) for name in (_OFFLINE, "TRANSFORMERS_OFFLINE"))
 _STAGE = re.compile(r"[^\s'\"]*/heredity-\w+/?")
 
 
@@ -276,7 +277,6 @@ def _quiet(online: bool) -> Iterator[None]:
     """Keep the libraries' bars and advice off the terminal, and, unless ``online``, keep them off the network."""
     import logging
 
-    already_set = os.environ.get(_OFFLINE)
     if not online:
         os.environ.setdefault(_OFFLINE, "1")
     with ExitStack() as stack:
@@ -290,7 +290,7 @@ def _quiet(online: bool) -> Iterator[None]:
         if hf_logging.is_progress_bar_enabled():
             stack.callback(hf_logging.enable_progress_bar)
             hf_logging.disable_progress_bar()
-        if already_set is None:
+        if not _BANNED_BY_USER:
             stack.callback(setattr, constants, _OFFLINE, constants.HF_HUB_OFFLINE)
             constants.HF_HUB_OFFLINE = not online
         yield
