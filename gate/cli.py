@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -149,12 +150,16 @@ def example(
     out: Out,
 ) -> None:
     """Write an example parent with successors to audit into DIR."""
-    from . import example as examples
-
     with Bars(errors) as bars:
-        make = examples.make_zoo if name == "zoo" else examples.make_smollm2
-        folder = make(out, bars.note)
-    Console().print(Text(str(folder)))
+        if name == "zoo":
+            from heredity.zoo import shipped
+
+            shutil.copytree(shipped(), out, dirs_exist_ok=True)
+        else:
+            from .example import make_smollm2
+
+            make_smollm2(out, bars.note)
+    Console().print(Text(str(out)))
 
 
 @zoo_app.command("build")
