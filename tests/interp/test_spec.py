@@ -70,3 +70,17 @@ def test_what_names_nothing_is_refused_in_one_line(here: Path, text: str, why: s
     with pytest.raises(ModelError, match=why) as caught:
         parse_spec(text)
     assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
+
+
+def test_every_kind_of_refusal_has_its_page() -> None:
+    import heredity.interp.errors as errors
+
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.HeredityError)]
+    pages = Path(__file__).parents[2] / "docs" / "errors"
+    assert len(kinds) >= 10
+    for kind in kinds:
+        assert kind.__name__ in (pages / f"{kind.page}.md").read_text()
+        assert f"({kind.page}.md)" in (pages / "README.md").read_text()
+    assert str(ModelError("bad\x1b[1m\n", where="f: x", remedy="Mend it.")) == (
+        "f: x: bad\\x1b[1m\\n. Mend it. [docs/errors/model.md]"
+    )
