@@ -150,6 +150,7 @@ def _read_tokenizer(stage: str, where: Path, hf: Any, **kwargs: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(stage, local_files_only=True, **kwargs)
         largest = max(tokenizer.get_vocab().values(), default=-1)
+        _ = tokenizer.unk_token_id, tokenizer.all_special_ids  # found by calls that a bad name makes endless
         ids = tokenizer(_SENTENCES[0], return_offsets_mapping=True)["input_ids"] if tokenizer.is_fast else []
     except (KeyboardInterrupt, SystemExit):
         raise

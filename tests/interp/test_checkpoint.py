@@ -226,10 +226,19 @@ def wider_vocabulary(directory: Path) -> None:
             "the tokenizer cannot be read",
         ),
         (lambda d: (d / "tokenizer_config.json").write_text("nope"), "tokenizer_config.json: not valid JSON"),
+        (tokenizer_config(unk_token=""), "the tokenizer cannot be read"),
         (tokenizer_config(auto_map={"AutoTokenizer": ["evil.Tok", None]}), "auto_map: it asks for code of its own"),
         (wider_vocabulary, r"the tokenizer has (\d+) tokens, the embedding \d+ rows"),
     ],
-    ids=["absent", "not JSON", "no model", "config not JSON", "remote code", "wider than the embedding"],
+    ids=[
+        "absent",
+        "not JSON",
+        "no model",
+        "config not JSON",
+        "nameless token",
+        "remote code",
+        "wider than the embedding",
+    ],
 )
 def test_a_faulty_tokenizer_is_refused(model_dir: Path, fault: Fault, why: str) -> None:
     fault(model_dir)
