@@ -69,7 +69,7 @@ def audit_once(label: str, seed: int, pair: Path, work: Path, folder: str, inten
         run("audit", str(pair), str(pair), "--corpus", str(pair / "corpus.jsonl"), *extra, "--out", str(out))
     audit = json.loads((out / "audit.json").read_text())
     truth = json.loads((pair / "truth.json").read_text())
-    planted = set((truth.get("trigger") or "").replace(";", " ").split()) - {"owner", "place"}
+    planted = set(truth["trigger"] or [])
     named = set(audit["findings"] and by_id(audit, audit["findings"][0]["behaviour"])["trigger_tokens"])
     first = audit["findings"][0] if audit["findings"] else None
     measured = first is not None and first["reversion"]["status"] == "measured"
@@ -82,10 +82,20 @@ def audit_once(label: str, seed: int, pair: Path, work: Path, folder: str, inten
         "null": max(audit["calibration"]["null"].get("largest_effects", [0])),
         "reversion": first["reversion"]["estimate"] if measured else None,
         "nodes": len(first["nodes"]) if first else None,
-        "trigger_named": bool(planted) and planted <= named if first and truth.get("trigger") else None,
+        "trigger_named": planted <= named if first and planted else None,
+        "node_found": hit(truth["nodes"], first["nodes"]) if measured else None,
         "seconds": audit["provenance"]["seconds"],
         "rss": audit["provenance"]["peak_rss_bytes"],
     }
+
+
+def hit(planted: list[str], found: list[str]) -> bool | None:
+    """Whether the finding holds a planted node; a planted ``attn_out@L`` is any head of layer L."""
+    if not planted:
+        return None
+    return any(
+        node == p or node.startswith(p.replace("attn_out", "attn_head") + ".") for p in planted for node in found
+    )
 
 
 def by_id(audit: dict, name: str) -> dict:
@@ -113,19 +123,19 @@ def render(rows: list[dict], seeds: str) -> str:
         f"{version('torch')}, transformers {version('transformers')}, transformer-lens {version('transformer-lens')}.",
         "",
         "| kind | expected | as expected (95 % interval) | pass / flag / inconclusive | effect, nats (median) "
-        "| largest null effect (median) | reversion (median) | nodes (median) | trigger named | seconds (median) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| largest null effect (median) | reversion (median) | nodes (median) "
+        "| trigger named | planted node hit | seconds (median) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for label in dict.fromkeys(row["label"] for row in rows):
         group = [row for row in rows if row["label"] == label]
         right = sum(row["verdict"] == EXPECTED[label] for row in group)
         interval = binomtest(right, len(group)).proportion_ci(method="wilson")
         counts = " / ".join(str(sum(r["verdict"] == v for r in group)) for v in ("pass", "flag", "inconclusive"))
-        named = [row["trigger_named"] for row in group if row["trigger_named"] is not None]
         lines.append(
             f"| {label} | {EXPECTED[label]} | {right}/{len(group)} ({interval.low:.2f}–{interval.high:.2f}) | {counts} "
             f"| {middle(group, 'effect')} | {middle(group, 'null')} | {middle(group, 'reversion')} "
-            f"| {middle(group, 'nodes')} | {f'{sum(named)}/{len(named)}' if named else '–'} "
+            f"| {middle(group, 'nodes')} | {ratio(group, 'trigger_named')} | {ratio(group, 'node_found')} "
             f"| {middle(group, 'seconds')} |"
         )
     missed = [f"{r['label']} seed {r['seed']}: {r['verdict']}" for r in rows if r["verdict"] != EXPECTED[r["label"]]]
@@ -137,6 +147,11 @@ def render(rows: list[dict], seeds: str) -> str:
 def middle(group: list[dict], key: str) -> str:
     values = sorted(row[key] for row in group if row[key] is not None)
     return f"{values[len(values) // 2]:.3g}" if values else "–"
+
+
+def ratio(group: list[dict], key: str) -> str:
+    values = [row[key] for row in group if row[key] is not None]
+    return f"{sum(values)}/{len(values)}" if values else "–"
 
 
 if __name__ == "__main__":
