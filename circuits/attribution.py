@@ -17,7 +17,8 @@ from torch import Tensor
 from heredity.interp.model import Model, pad
 
 from .behaviours import Context
-from .components import Donor, Metric, Node, gradients, head_writes, nodes_of
+from .components import Donor, Metric, Node, gradients, nodes_of
+from .writes import ENTRY, head_writes
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Attribution:
     """Per node and position what replacing it is expected to do to the metric."""
 
     gap: float
-    """Metric in the successor minus metric in the parent, summed over rows."""
+    """Distance of the two models' metrics, summed over rows."""
     by_position: dict[Node, Tensor]
     """[batch, pos]; the unembedding is not attributed but always measured."""
     moved: frozenset[Node]
@@ -95,6 +96,9 @@ def attribute(parent: Model, successor: Model, prompts: Prompts, means: Donor | 
         with torch.inference_mode():
             m_p = metric(parent.logits(prompts.tokens))
         donor, slopes = means, grads_s
+    # Where both say the same, the parent may be the surer one: such rows are turned round, or they would cancel others.
+    turn = (m_s - m_p).sign()[:, None, None]
+    slopes = {name: slope * turn for name, slope in slopes.items()}
     mask = torch.arange(prompts.tokens.shape[1])[None, :] <= prompts.last[:, None]
     scores: dict[Node, Tensor] = {}
     moved: set[Node] = set()
@@ -117,8 +121,8 @@ def attribute(parent: Model, successor: Model, prompts: Prompts, means: Donor | 
         if change.abs().max() > 1e-6:
             moved.add(node)
     if means is None:
-        change = (values_s["embed"] - donor.values["embed"]) * mask[:, :, None]
-        scores[nodes_of(successor)[0]] = (change * slopes["embed"]).sum(-1)
+        change = (values_s[ENTRY] - donor.values[ENTRY]) * mask[:, :, None]
+        scores[nodes_of(successor)[0]] = (change * slopes[ENTRY]).sum(-1)
         if change.abs().max() > 1e-6:
             moved.add(nodes_of(successor)[0])
-    return Attribution(float((m_s - m_p).sum()), scores, frozenset(moved))
+    return Attribution(float((m_s - m_p).abs().sum()), scores, frozenset(moved))

@@ -40,7 +40,7 @@ SURER = 0.25
 """Difference of top probability from which one model counts as surer than the other."""
 
 
-Source = Literal["corpus", "sampled", "amplified"]
+Source = Literal["corpus", "sampled", "amplified", "replicated"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Piece:
     """A stretch of text as both models read it, with its scan."""
 
     source: Source
-    """``corpus`` (given), ``sampled`` (written by the successor) or ``amplified``."""
+    """``corpus`` (given), ``sampled`` (written by the successor), ``amplified`` or ``replicated``."""
     parent: Encoded
     successor: Encoded
     scan: TextScan
@@ -147,9 +147,9 @@ def cluster(pieces: Sequence[Piece], threshold: float) -> list[Cluster]:
     return sorted((Cluster(tuple(g)) for g in groups.values()), key=lambda c: -c.effect * len(c.contexts))
 
 
-def largest_effect(pieces: Sequence[Piece], threshold: float, fewest: int) -> float:
+def largest_effect(clusters: Sequence[Cluster], fewest: int) -> float:
     """Effect of the strongest behaviour with at least ``fewest`` contexts, nats; 0 where there is none."""
-    return max((c.effect for c in cluster(pieces, threshold) if len(c.contexts) >= fewest), default=0.0)
+    return max((c.effect for c in clusters if len(c.contexts) >= fewest), default=0.0)
 
 
 def _features(context: Context) -> set[tuple[str, int]]:
@@ -171,7 +171,8 @@ def _rarity(pieces: Sequence[Piece]) -> Callable[[tuple[str, int]], float]:
         counts.update(("S", token) for token in piece.scan.top_successor)
         counts.update(("P", token) for token in piece.scan.top_parent)
         counts.update(("C", token) for token in piece.successor.ids)
-    return lambda feature: float(np.log((total + 1) / (counts[feature] + 1))) + 0.1
+    # Tokens before the scanned part count too, so a token can be commoner than there are positions.
+    return lambda feature: max(0.0, float(np.log((total + 1) / (counts[feature] + 1)))) + 0.1
 
 
 def _labels(features: Sequence[set[tuple[str, int]]], rarity: Callable[[tuple[str, int]], float]) -> list[int]:

@@ -1,8 +1,9 @@
 """The parts of a model that can be exchanged: heads, MLPs, embedding and unembedding, and forwards with some replaced.
 
 A head is exchanged by what it writes to the residual stream (its values through its slice of the output projection,
-plus its share of the bias), so that a change in either model's projection counts as part of the head. Replacing every
-node of S by P's therefore gives P's logits exactly (tested).
+plus its share of the bias, through the norm behind it where there is one), so that a change in either model's
+projection counts as part of the head; learned positions count as part of the embedding. Replacing every node of S by
+P's therefore gives P's logits exactly (tested).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from heredity.interp.model import Edit, Model
 from heredity.interp.readout import unembed
+
+from .writes import ENTRY, both, head_writes, mlp_write, outer_scale, write_site
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +47,8 @@ class Donor:
     """Values to put in: per site [batch, pos, …] from a run on the same tokens, or means that broadcast."""
 
     values: Mapping[str, Tensor]
-    """``attn_z@L`` [batch, pos, head, d_head] or head writes under ``writes@L`` [head, d_model]; ``mlp_out@L``."""
+    """``attn_z@L`` [batch, pos, head, d_head] or head writes under ``writes@L`` [head, d_model]; what MLPs write under
+    ``mlp_out@L``; of a run also ``resid_pre@0``."""
     model: Model | None
     """Whose output projections and unembedding go with the values; None for means."""
 
@@ -55,42 +59,54 @@ class Donor:
         return head_writes(self.model, layer, self.values[f"attn_z@{layer}"], heads).sum(2)
 
 
-def head_writes(model: Model, layer: int, z: Tensor, heads: Sequence[int]) -> Tensor:
-    """What ``heads`` write, [batch, pos, len(heads), d_model], given all values ``z`` [batch, pos, head, d_head]."""
-    weight, bias = model.head_weights(layer)
-    chosen = list(heads)
-    return torch.einsum("bphd,hdm->bphm", z[:, :, chosen], weight[chosen]) + bias / model.shape.n_heads
-
-
 def node_sites(model: Model) -> list[str]:
     """The sites whose values determine every node's write."""
     layers = range(model.shape.n_layers)
-    return ["embed", *(f"{kind}@{layer}" for layer in layers for kind in ("attn_z", "mlp_out"))]
+    return [ENTRY, *(f"{kind}@{layer}" for layer in layers for kind in ("attn_z", "mlp_out"))]
 
 
 def run_donor(model: Model, tokens: Tensor) -> Donor:
     """``model``'s own values on ``tokens`` [batch, pos]."""
     with torch.inference_mode():
-        return Donor(model.capture(tokens, node_sites(model)), model)
+        return Donor(_as_written(model, model.capture(tokens, node_sites(model))), model)
 
 
 def mean_donor(model: Model, batches: Sequence[tuple[Tensor, Tensor]]) -> Donor:
     """Each head's and MLP's mean write over the real tokens of ``batches`` = (tokens, mask) [batch, pos]."""
     totals: dict[str, Tensor] = {}
     count = 0
+    layers = range(model.shape.n_layers)
+
+    def add(name: str, value: Tensor) -> None:
+        part = value[mask].double().sum(0)
+        totals[name] = totals.get(name, torch.zeros_like(part)) + part
+
     with torch.inference_mode():
         for tokens, mask in batches:
-            values = model.capture(tokens, node_sites(model)[1:])
+            values = _as_written(model, model.capture(tokens, node_sites(model)[1:]))
             count += int(mask.sum())
-            for name, value in values.items():
-                part = value[mask].double().sum(0)
-                totals[name] = totals.get(name, torch.zeros_like(part)) + part
+            for layer in layers:
+                add(f"mlp_out@{layer}", values[f"mlp_out@{layer}"])
+                # A write is linear in the scaled head values, which are smaller than the writes.
+                z = values[f"attn_z@{layer}"]
+                scale, _ = outer_scale(model, layer, z)
+                add(f"attn_z@{layer}", z * scale[..., None])
+                add(f"scale@{layer}", scale)
         means: dict[str, Tensor] = {}
-        for layer in range(model.shape.n_layers):
-            z = (totals[f"attn_z@{layer}"] / count).float()[None, None]
-            means[f"writes@{layer}"] = head_writes(model, layer, z, range(model.shape.n_heads))[0, 0]
-            means[f"mlp_out@{layer}"] = (totals[f"mlp_out@{layer}"] / count).float()
+        for layer in layers:
+            z, scale, out = ((totals[f"{kind}@{layer}"] / count).float() for kind in ("attn_z", "scale", "mlp_out"))
+            weight, bias = model.head_weights(layer)
+            _, gain = outer_scale(model, layer, torch.ones_like(z)[None, None])
+            means[f"writes@{layer}"] = (torch.einsum("hd,hdm->hm", z, weight) + scale * bias / len(z)) * gain
+            means[f"mlp_out@{layer}"] = out
     return Donor(means, None)
+
+
+def _as_written(model: Model, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``values`` with what MLPs return replaced by what they write."""
+    for layer in range(model.shape.n_layers):
+        values[f"mlp_out@{layer}"] = mlp_write(model, layer, values[f"mlp_out@{layer}"])
+    return values
 
 
 def patched_logits(model: Model, tokens: Tensor, replaced: Collection[Node], donor: Donor) -> Tensor:
@@ -101,11 +117,12 @@ def patched_logits(model: Model, tokens: Tensor, replaced: Collection[Node], don
         if node.kind == "head":
             heads.setdefault(node.layer, []).append(node.head)
         elif node.kind == "mlp":
-            edits[f"mlp_out@{node.layer}"] = _constant(donor.values[f"mlp_out@{node.layer}"])
+            edits |= _mlp_edits(model, node.layer, donor)
         elif node.kind == "embed":
-            edits["embed"] = _constant(donor.values["embed"])
+            edits[ENTRY] = _constant(donor.values[ENTRY])
     for layer, chosen in heads.items():
-        edits.update(_head_edits(model, layer, chosen, donor))
+        for site, edit in _head_edits(model, layer, chosen, donor).items():
+            edits[site] = both(edits[site], edit) if site in edits else edit
     if Node(model.shape.n_layers, "unembed") in replaced and donor.model is not None:
         residual = model.capture(tokens, ["final"], edits=edits)["final"]
         return unembed(donor.model, residual)
@@ -116,18 +133,33 @@ def _constant(value: Tensor) -> Edit:
     return lambda current: value.to(current.dtype).expand_as(current)
 
 
+def _mlp_edits(model: Model, layer: int, donor: Donor) -> dict[str, Edit]:
+    site, write = write_site(model, layer, "mlp"), donor.values[f"mlp_out@{layer}"]
+    if site == f"mlp_out@{layer}":
+        return {site: _constant(write)}
+    current: dict[str, Tensor] = {}
+    return {
+        f"mlp_out@{layer}": _remember(current, "out"),
+        site: lambda stream: stream + write - mlp_write(model, layer, current["out"]),
+    }
+
+
 def _head_edits(model: Model, layer: int, heads: Sequence[int], donor: Donor) -> dict[str, Edit]:
     current: dict[str, Tensor] = {}
-
-    def remember(z: Tensor) -> Tensor:
-        current["z"] = z
-        return z
 
     def exchange(out: Tensor) -> Tensor:
         own = head_writes(model, layer, current["z"], heads).sum(2)
         return out + donor.head_writes(layer, heads) - own
 
-    return {f"attn_z@{layer}": remember, f"attn_out@{layer}": exchange}
+    return {f"attn_z@{layer}": _remember(current, "z"), write_site(model, layer, "head"): exchange}
+
+
+def _remember(store: dict[str, Tensor], name: str) -> Edit:
+    def edit(value: Tensor) -> Tensor:
+        store[name] = value
+        return value
+
+    return edit
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -135,29 +167,38 @@ Metric = Callable[[Tensor], Tensor]
 
 
 def gradients(model: Model, tokens: Tensor, metric: Metric) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Metric per row [batch], the values at every node site and the metric's gradient at every node's write.
+    """Metric per row [batch], the values of :func:`run_donor` and the metric's gradient at every node's write.
 
-    Gradients are keyed ``embed``, ``attn_out@L`` and ``mlp_out@L``, [batch, pos, d_model].
+    Gradients are keyed ``resid_pre@0``, ``attn_out@L`` and ``mlp_out@L``, [batch, pos, d_model].
     """
-    watched: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
 
     def watch(name: str) -> Edit:
         def edit(value: Tensor) -> Tensor:
-            kept = value.detach().requires_grad_() if name == "embed" else value
-            if name.startswith("attn_z"):
-                values[name] = kept.detach()
-                return kept
-            kept.retain_grad()
-            watched[name] = kept
-            return kept
+            values[name] = value.detach()
+            return value
 
         return edit
 
-    layers = range(model.shape.n_layers)
-    names = ["embed", *(f"{kind}@{layer}" for layer in layers for kind in ("attn_z", "attn_out", "mlp_out"))]
+    def probe(name: str) -> Edit:
+        def edit(value: Tensor) -> Tensor:
+            # The gradient of something added to a write is the gradient at the write, skip connections included.
+            added[name] = torch.zeros_like(value).requires_grad_()
+            return value + added[name]
+
+        return edit
+
+    edits: dict[str, Edit] = {name: watch(name) for name in node_sites(model)}
+    places = {ENTRY: ENTRY}
+    for layer in range(model.shape.n_layers):
+        places[f"attn_out@{layer}"] = write_site(model, layer, "head")
+        places[f"mlp_out@{layer}"] = write_site(model, layer, "mlp")
+    for name, site in places.items():
+        edits[site] = both(edits[site], probe(name)) if site in edits else probe(name)
     with torch.enable_grad():
-        rows = metric(model.logits(tokens, edits={name: watch(name) for name in names}))
+        rows = metric(model.logits(tokens, edits=edits))
         rows.sum().backward()
-    values.update({name: value.detach() for name, value in watched.items()})
-    return rows.detach(), values, {name: value.grad for name, value in watched.items() if value.grad is not None}
+    with torch.no_grad():
+        values = _as_written(model, values)
+    return rows.detach(), values, {name: value.grad for name, value in added.items() if value.grad is not None}

@@ -4,6 +4,7 @@ Sources: relative entropy (Kullback & Leibler 1951); diff mining (arXiv 2608.264
 differences. Shapes: N aligned positions, V vocabulary.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from heredity.interp.model import Encoded, Model, pad
 
 CHUNK = 256
 """Rows of [rows, V] log-probabilities held at once: bounds memory, not results."""
+
+LEAST = math.log(1e-9)
+"""Log-probability of the bucket of unshared tokens at least: a model may have none."""
 
 MINED = 20
 """Top logit differences counted per position."""
@@ -92,7 +96,8 @@ class Window:
         first = 0
         if self.first:
             start = self.successor.spans[self.first][0]
-            first = sum(end <= start for _, end in self.parent.spans)
+            spans = self.parent.spans
+            first = next((i for i, (_, end) in enumerate(spans) if end > start), len(spans))
         return Window(self.text_id, self.parent, self.parent, first)
 
 
@@ -167,9 +172,10 @@ def _common(parent: Tensor, successor: Tensor, vocab: Vocabulary) -> tuple[Tenso
 
 def _project(logits: Tensor, ids: Tensor | None) -> Tensor:
     assert ids is not None
-    shared = torch.log_softmax(logits.float(), -1)[:, ids]
-    rest = (1 - shared.exp().sum(-1, keepdim=True)).clamp_min(1e-9).log()
-    return torch.cat([shared, rest], -1)
+    log_p = torch.log_softmax(logits.float(), -1)
+    # Summed, not one minus the shared: where little is left that would be rounding alone, and the KL no lower bound.
+    rest = log_p.index_fill(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p[:, ids], rest.clamp_min(LEAST)], -1)
 
 
 def _mine(parent: Tensor, successor: Tensor, vocab: Vocabulary, raised: Counter[int], lowered: Counter[int]) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from heredity.interp.model import Model
 
+from .weights import parameters
+
 STEPS = 8
 """Bisection steps on the logarithm of the scale, which is then known to 3 %."""
 
@@ -63,7 +65,8 @@ class NullSuccessors:
             yield self.body
         finally:
             with torch.no_grad():
-                for parameter, value in saved:
+                # Backwards, so that what shares memory with another comes back to its first value.
+                for parameter, value in reversed(saved):
                     parameter.copy_(value)
 
     def matching_scale(self, size: Callable[[Model], float], target: float, seed: int) -> float:
@@ -79,6 +82,4 @@ class NullSuccessors:
         return 2.0 ** ((low + high) / 2)
 
     def _parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
-        models = (m.bridge.original_model.named_parameters() for m in (self.parent, self.body))
-        for (_, p), (_, s) in zip(*models, strict=True):
-            yield p.detach(), s.detach()
+        yield from zip(parameters(self.parent).values(), parameters(self.body).values(), strict=True)

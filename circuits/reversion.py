@@ -14,6 +14,7 @@ from heredity.interp.model import Model
 
 from .attribution import Attribution, Prompts, attribute
 from .components import Donor, Node, nodes_of, patched_logits, run_donor
+from .writes import check_additive
 
 BOOTSTRAPS = 2000
 
@@ -102,7 +103,11 @@ def find_circuit(
     """Rank, re-measure, take the smallest set found that closes the target share, and compare with random sets.
 
     ``by_mean`` replaces by means (for models whose nodes do not correspond); otherwise by the parent's values.
+
+    Raises:
+        ModelError: the successor's architecture has parts that cannot be exchanged one by one.
     """
+    check_additive(successor)
     rng = np.random.default_rng(seed)
     found = attribute(parent, successor, prompts, means if by_mean else None)
     main = Bench(parent, successor, prompts, means if by_mean else None)
@@ -163,12 +168,11 @@ def _smallest(bench: Bench, ranked: Sequence[Node], target: float) -> list[Node]
 
 
 def _matched(selected: Sequence[Node], candidates: Sequence[Node], rng: np.random.Generator) -> list[Node]:
-    """A random set with as many nodes of each kind, avoiding ``selected`` where enough others exist."""
+    """A random set without any of ``selected`` and with as many nodes of each kind; where a kind has too few others,
+    nodes of other kinds stand in, and where there are too few altogether the set is smaller."""
+    others = [candidates[i] for i in rng.permutation(len(candidates)) if candidates[i] not in selected]
     out: list[Node] = []
     for kind in ("embed", "head", "mlp", "unembed"):
         need = sum(node.kind == kind for node in selected)
-        pool = [node for node in candidates if node.kind == kind and node not in selected]
-        if len(pool) < need:
-            pool = [node for node in candidates if node.kind == kind]
-        out += [pool[i] for i in rng.permutation(len(pool))[:need]]
-    return out
+        out += [node for node in others if node.kind == kind][:need]
+    return [*out, *(node for node in others if node not in out)][: len(selected)]

@@ -6,6 +6,7 @@ Millidge & Black 2022 for reading singular vectors through embedding and unembed
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,21 +44,38 @@ class Direction:
     writes: tuple[str, ...]
 
 
+_PARTS = {"qkv": "q", "gate_up_proj": "gate"}
+
+
+def parameters(model: Model) -> dict[str, Tensor]:
+    """Every parameter the forward uses, once.
+
+    The wrapper splits joint matrices into parts and keeps the whole beside them, on the same memory or unused: of
+    these only the parts are listed.
+    """
+    named = cast(nn.Module, model.bridge.original_model).named_parameters()
+    found = {name.replace("._original_component", ""): value.detach() for name, value in named}
+    modules = {name.rpartition(".")[0] for name in found}
+
+    def split(name: str) -> bool:
+        holder, _, last = name.rpartition(".")[0].rpartition(".")
+        return last in _PARTS and f"{holder}.{_PARTS[last]}" in modules
+
+    return {name: value for name, value in found.items() if not split(name)}
+
+
 def comparable(parent: Model, successor: Model) -> bool:
     """Whether the two models have the same parameters, name by name and shape by shape."""
-    shapes = [
-        [(name, tuple(p.shape)) for name, p in model.bridge.original_model.named_parameters()]
-        for model in (parent, successor)
-    ]
+    shapes = [{name: value.shape for name, value in parameters(model).items()} for model in (parent, successor)]
     return shapes[0] == shapes[1]
 
 
 def relative_distance(parent: Model, successor: Model) -> float:
     """‖θ_S − θ_P‖ / ‖θ_P‖ over all parameters."""
     change = size = 0.0
-    for (_, p), (_, s) in zip(*(m.bridge.original_model.named_parameters() for m in (parent, successor)), strict=True):
-        change += float((s.detach() - p.detach()).double().square().sum())
-        size += float(p.detach().double().square().sum())
+    for p, s in zip(parameters(parent).values(), parameters(successor).values(), strict=True):
+        change += float((s - p).double().square().sum())
+        size += float(p.double().square().sum())
     return (change / size) ** 0.5
 
 
@@ -71,8 +89,9 @@ def directions(parent: Model, successor: Model, *, count: int, per_matrix: int =
             continue
         rank = min(per_matrix, *change.shape)
         # Randomised SVD: two power iterations suffice for the leading directions (Halko et al. 2011).
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(change, q=min(rank + 4, *change.shape), niter=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(change, q=min(rank + 4, *change.shape), niter=2)
         for k in range(rank):
             found.append((float(s[k]), matrix, u[:, k], v[:, k], k, norm))
     found.sort(key=lambda item: (-item[0], item[1].name))
@@ -105,6 +124,8 @@ def _matrices(parent: Model, successor: Model) -> Iterator[Matrix]:
             ("mlp.out", False, True),
         ):
             parts = [_linear(block, path) for block in blocks]
+            if path == "attn.qkv" and _linear(blocks[0], "attn.q") is not None:
+                continue  # its parts have been listed
             if parts[0] is not None and parts[1] is not None:
                 yield Matrix(f"blocks.{layer}.{path}", parts[0], parts[1], reads, writes)
 

@@ -12,6 +12,8 @@ def unembed(model: Model, residual: Tensor) -> Tensor:
     """Logits [batch, pos, d_vocab] of a value of the site ``final`` [batch, pos, d_model]."""
     hf = _transformers(model)
     logits = hf.get_output_embeddings()(model.bridge.ln_final(residual))
+    # Cohere's factor and Granite's divisor.
+    logits = logits * getattr(hf.config, "logit_scale", 1.0) / getattr(hf.config, "logits_scaling", 1.0)
     cap = getattr(hf.config, "final_logit_softcapping", None)
     return logits if not cap else torch.tanh(logits / cap) * cap
 

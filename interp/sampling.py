@@ -23,7 +23,9 @@ def prefixes(model: Model, count: int, seed: int) -> list[list[int]]:
     if tokenizer.chat_template:
         mark = "\x00"
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-        return [list(model.encode(rendered.split(mark)[0]).ids)] * count
+        opening = list(model.encode(_without_added(model, rendered.split(mark)[0])).ids)
+        if opening:
+            return [opening] * count
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is not None:
         return [[start]] * count
@@ -34,13 +36,23 @@ def prefixes(model: Model, count: int, seed: int) -> list[list[int]]:
 
 
 def chat_prompts(model: Model, turns: Sequence[str]) -> list[str]:
-    """Each user turn rendered with the model's chat template, up to where the assistant starts."""
+    """Each user turn rendered with the model's chat template, up to where the assistant starts, as text to encode."""
     return [
-        model.tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
+        _without_added(
+            model,
+            model.tokenizer.apply_chat_template(
+                [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
+            ),
         )
         for turn in turns
     ]
+
+
+def _without_added(model: Model, rendered: str) -> str:
+    """``rendered`` without the token that begins every text, where the tokenizer will put it there a second time."""
+    begin = model.tokenizer.bos_token
+    twice = begin and model.encode("").ids[:1] == (model.tokenizer.bos_token_id,)
+    return rendered.removeprefix(begin) if twice else rendered
 
 
 def text_of(model: Model, ids: Sequence[int]) -> str:
