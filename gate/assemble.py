@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from heredity.circuits.behaviours import Cluster, Piece, Source, cluster
+from heredity.circuits.behaviours import Cluster, Piece, Source
 from heredity.circuits.components import Donor, mean_donor
 from heredity.circuits.divergence import vocabulary
 from heredity.circuits.null import NullSuccessors
@@ -39,9 +39,6 @@ from .records import (
 )
 from .stages import Progress, Scanned
 from .work import Work
-
-EPISODE_NATS = 0.3
-"""A position belongs to an episode from this KL on; far below what policies call material."""
 
 LISTED = 12
 """Behaviours listed at most."""
@@ -102,7 +99,10 @@ def measure(
     drifted, weights = stages.drift_and_weights(parent, successor, items, sizes, work, pair.same_parameters, progress)
     null = _null(pair, items, scanned["corpus"], sizes, rules, work, seed, progress, another_parent)
     pieces = [piece for source in ORDER for piece in scanned[source].pieces]
-    clusters = [c for c in cluster(pieces, EPISODE_NATS) if len(c.contexts) > 1 or c.contexts[0].kl >= 1][:LISTED]
+    fewest = rules.policy.fewest_contexts
+    clusters = stages.behaviours_in(parent, successor, pieces, items, sizes, fewest, seed)
+    clusters.sort(key=lambda c: -c.effect * len(c.contexts))
+    clusters = [c for c in clusters if len(c.contexts) > 1 or c.effect >= stages.REPLICATE_NATS][:LISTED]
     behaviours = _behaviours(pair, clusters, items, scanned, null, sizes, rules, work, seed, progress)
     kl = scanned["corpus"].kl
     inside = sum(_mass(c, "corpus") for c in clusters)
@@ -136,15 +136,24 @@ def _null(
     seed: int,
     progress: Progress,
     another_parent: Callable[[], Model],
-) -> Null | NotMeasured:
-    if scanned.bulk == 0:
-        return NotMeasured(reason="the models agree everywhere, so there is no size to match")
+) -> Null:
     few: list[Any] = []
     for item in items:
         few.append(item)
         if sum(len(i.parent.ids) for i in few) >= sizes.null_tokens:
             break
     noise = not pair.same_parameters
+    if scanned.bulk == 0:
+        # Scaled to no size at all, a null successor is the parent itself, which shows nothing: no need to run it.
+        return Null(
+            kind="noise" if noise else "scrambled_change",
+            draws=sizes.null_draws,
+            scale=0.0,
+            size=0.0,
+            largest_effects=(0.0,) * sizes.null_draws,
+            mean_kl=(0.0,) * sizes.null_draws,
+            tokens=sum(len(i.parent.ids) for i in few),
+        )
     nulls = NullSuccessors(pair.parent, another_parent() if noise else pair.successor, noise=noise)
     result = stages.null_effects(
         nulls,
@@ -154,7 +163,6 @@ def _null(
         work,
         progress,
         seed=seed,
-        threshold=EPISODE_NATS,
         fewest=rules.policy.fewest_contexts,
     )
     return Null(
@@ -180,7 +188,7 @@ def _behaviours(
     clusters: Sequence[Cluster],
     items: Sequence[Any],
     scanned: dict[Source, Scanned],
-    null: Null | NotMeasured,
+    null: Null,
     sizes: Budget,
     rules: Loaded,
     work: Work,
@@ -258,13 +266,13 @@ def _behaviour(
     effect: Interval,
     traced: dict[str, Any],
     scanned: dict[Source, Scanned],
-    null: Null | NotMeasured,
+    null: Null,
     quiet: Sequence[str],
     rules: Loaded,
     seed: int,
 ) -> Behaviour:
     examples = tuple(Example(**example) for example in traced["examples"])
-    largest = null.largest_effects if isinstance(null, Null) else ()
+    largest = null.largest_effects
     source = next(s for s in ORDER if any(c.piece.source == s for c in found.contexts))
     declared = [
         change.id
@@ -277,6 +285,7 @@ def _behaviour(
         title=describe.title(found, pair.successor, pair.parent),
         kind=found.kind,
         n_contexts=len(found.contexts),
+        n_replicated=sum(c.piece.source == "replicated" for c in found.contexts),
         n_texts=len({(c.piece.source, c.piece.scan.text_id) for c in found.contexts}),
         effect=effect,
         effect_reverse=describe.interval([c.reverse for c in found.contexts], seed),

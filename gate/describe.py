@@ -146,7 +146,7 @@ def circuit(
         parent, successor, prompts_of(contexts), means, by_mean=not same_parameters, effort=effort, seed=seed
     )
     main = found.reversion or found.ablation
-    control_high = max(found.controls)
+    as_good = sum(value >= main.low for value in found.controls) / len(found.controls)
     not_measured = NotMeasured(reason="the two models' nodes do not correspond, so no parent value can be put in")
     return Circuit(
         method="parent" if same_parameters else "mean",
@@ -167,8 +167,8 @@ def circuit(
         reversion=not_measured if found.reversion is None else _interval(found.reversion),
         ablation=_interval(found.ablation),
         controls=tuple(tidy(value) for value in found.controls),
-        control_high=tidy(control_high),
-        confirmed=main.low >= policy.causal_share and main.low > control_high,
+        control_high=tidy(max(found.controls)),
+        confirmed=main.low >= policy.causal_share and as_good <= policy.control_share,
         tokens=tuple(successor.decode([i]) for i in contexts[0].ids_successor),
         grid=_grid(found),
     )
@@ -205,10 +205,10 @@ def _grid(found: FoundCircuit) -> tuple[GridPoint, ...]:
 
 def covering(cluster: Cluster, others: Sequence[str], change: Change, policy: Policy) -> bool:
     """Whether a declared change covers the behaviour: its phrases stand in enough of the behaviour's contexts and in
-    few of the ``others`` (texts without the behaviour)."""
+    few of the ``others`` (texts without the behaviour; without any, nothing shows that the phrases are particular)."""
     phrases = [phrase.casefold() for phrase in change.phrases]
     inside = np.mean([_holds(_seen(context), phrases) for context in cluster.contexts])
-    outside = np.mean([_holds(text, phrases) for text in others]) if others else 0.0
+    outside = np.mean([_holds(text, phrases) for text in others]) if others else 1.0
     return bool(inside >= policy.declared_share and outside <= policy.declared_breadth)
 
 

@@ -2,20 +2,23 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from heredity.interp.errors import PolicyError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Policy(_Strict):
     """Thresholds of the verdict; each is explained in the shipped ``policy.yaml``."""
+
+    model_config = ConfigDict(strict=True)  # no text or yes/no where a number is meant
 
     name: str
     version: Literal[1]
@@ -23,6 +26,7 @@ class Policy(_Strict):
     fewest_contexts: int = Field(ge=1)
     false_alarm: float = Field(gt=0, le=1)
     causal_share: float = Field(ge=0, le=1)
+    control_share: float = Field(ge=0, le=1)
     unconfirmed: Literal["inconclusive", "flag"]
     declared_share: float = Field(gt=0, le=1)
     declared_breadth: float = Field(gt=0, le=1)
@@ -34,7 +38,7 @@ class Change(_Strict):
 
     id: str = Field(min_length=1, max_length=80)
     description: str = Field(min_length=1, max_length=2000)
-    phrases: tuple[str, ...] = Field(min_length=1)
+    phrases: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = Field(min_length=1)
 
 
 class Intent(_Strict):
@@ -93,11 +97,15 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def _parse(data: bytes, where: str, kind: type[_Model]) -> _Model:
     try:
         content: Any = yaml.safe_load(data.decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # bad dates, numbers and nesting come as ValueError, AttributeError, RecursionError ...
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolicyError(f"not valid YAML ({first})", where=where, remedy="Mend the file's syntax.") from None
     try:
-        return kind.model_validate(content)
+        parsed = kind.model_validate(content)
+        parsed.model_dump_json()  # YAML can spell half a surrogate pair, which is no character
+        return parsed
+    except PydanticSerializationError:
+        raise PolicyError("text with a lone surrogate", where=where, remedy="Write the character itself.") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "file"

@@ -242,7 +242,7 @@ class Circuit(Record):
     control_high: float
     """Largest of ``controls``."""
     confirmed: bool
-    """The lower end of the interval is above every matched control and above the policy's floor."""
+    """The lower end of the interval reaches the policy's share, and few enough matched controls reach it too."""
     tokens: tuple[str, ...]
     """Tokens of the example that ``grid`` is drawn over."""
     grid: tuple[GridPoint, ...]
@@ -259,6 +259,8 @@ class Behaviour(Record):
     kind: Literal["emergent", "lost", "replaced"]
     """Emergent: only the successor is sure. Lost: only the parent is. Replaced: both are, of different tokens."""
     n_contexts: int
+    n_replicated: int
+    """How many of them are replicas: a rare context's last tokens put behind other text."""
     n_texts: int
     effect: Interval
     """KL(successor‖parent) in nats at the behaviour's positions, mean over contexts."""
@@ -316,7 +318,8 @@ class Null(Record):
     kind: Literal["scrambled_change", "noise"]
     draws: int
     scale: float
-    """Factor the change was multiplied by to reach the same size."""
+    """Factor the change was multiplied by to reach the same size. 0 where that size is 0: a null successor is then the
+    parent itself, and none had to be run."""
     size: float
     """The 95th percentile of per-token KL(successor‖parent) that was matched, nats."""
     largest_effects: tuple[float, ...]

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from heredity.circuits.amplify import amplified_texts, vague_prompts
-from heredity.circuits.behaviours import Piece, Source, largest_effect
+from heredity.circuits.behaviours import Cluster, Piece, Source, cluster, largest_effect
 from heredity.circuits.divergence import TextScan, Window, scan
 from heredity.circuits.drift import drift
 from heredity.circuits.null import PERCENTILE, NullSuccessors
+from heredity.circuits.replicate import replicate
 from heredity.circuits.weights import directions
 from heredity.interp.capture import batches
 from heredity.interp.corpus import Corpus
@@ -18,6 +19,12 @@ from heredity.interp.model import Encoded, Model
 
 from .budget import Budget
 from .work import Work
+
+EPISODE_NATS = 0.3
+"""A position belongs to an episode from this KL on; far below what policies call material."""
+
+REPLICATE_NATS = 1.0
+"""Rare behaviours are replicated from this effect on."""
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)"""
@@ -151,6 +158,28 @@ def generated_windows(
     ]
 
 
+def behaviours_in(
+    parent: Model,
+    successor: Model,
+    pieces: Sequence[Piece],
+    carriers: Sequence[Window],
+    budget: Budget,
+    fewest: int,
+    seed: int,
+) -> list[Cluster]:
+    """Behaviours among ``pieces``, rare ones replicated in other text; the same steps for the pair and its null."""
+    return replicate(
+        cluster(pieces, EPISODE_NATS),
+        parent,
+        successor,
+        carriers,
+        fewest=fewest,
+        from_nats=REPLICATE_NATS,
+        window=budget.window,
+        seed=seed,
+    )
+
+
 def null_effects(
     nulls: NullSuccessors,
     items: Sequence[Window],
@@ -160,7 +189,6 @@ def null_effects(
     progress: Progress,
     *,
     seed: int,
-    threshold: float,
     fewest: int,
 ) -> dict[str, Any]:
     """Scale of the null's change, and per null successor the largest behaviour-sized effect and the mean KL."""
@@ -180,8 +208,9 @@ def null_effects(
         def compute(draw: int = draw) -> Any:
             with nulls.draw(seed * 1000 + draw, scale) as model:
                 scanned = compare(model, items)
+                found = behaviours_in(nulls.parent, model, scanned.pieces, items, budget, fewest, seed)
             return {
-                "largest": largest_effect(scanned.pieces, threshold, fewest),
+                "largest": largest_effect(found, fewest),
                 "bulk": scanned.bulk,
                 "mean": float(scanned.kl.mean()),
                 "max": float(scanned.kl.max()),

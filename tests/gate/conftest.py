@@ -1,13 +1,20 @@
-"""A hand-made audit for what renders one, and a headless browser to open it in."""
+"""A hand-made audit for what renders one, a headless browser to open it in, and the command in a watched process."""
 
+import json
+import os
+import re
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
 
 from heredity.gate import records as r
+from heredity.zoo import shipped
 
 SENTENCE = "log : owner moss ; place ridge ; value seven ; report"
 
@@ -104,6 +111,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
             source="corpus",
             title=say(title),
             kind="replaced",
+            n_replicated=0,
             n_contexts=34,
             n_texts=31,
             effect=interval(4.61, 0.2),
@@ -316,3 +324,113 @@ def open_page(browser: Any) -> Callable[[Path], Any]:
         return browser
 
     return open_file
+
+
+WATCH = """
+import json, os, sys
+log = os.open(os.environ["HEREDITY_TEST_EVENTS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+MAKES = {"open", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate"}
+CHILDREN = ("subprocess.", "os.system", "os.posix_spawn", "os.exec", "os.fork")
+WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+def watch(event, args):
+    if event.startswith(("socket.", *CHILDREN)):
+        detail = repr(args)[:200]
+    elif event in MAKES and isinstance(args[0], (str, bytes)) and not (event == "open" and not args[2] & WRITE):
+        made = args[1] if event in ("os.rename", "os.link", "os.symlink") else args[0]
+        detail = os.path.abspath(os.fsdecode(made))
+    else:
+        return
+    os.write(log, json.dumps([event, detail]).encode() + b"\\n")
+
+sys.addaudithook(watch)
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One finished command, and what it did to the world: ``(event, path)`` of files written, sockets, children."""
+
+    code: int
+    stdout: str
+    stderr: str
+    events: tuple[tuple[str, str], ...]
+
+
+class Shell:
+    """The installed command (or another program) as a user starts it, in a home of its own, watched by audit hooks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.cache, self.temporary = folder / "home", folder / "cache", folder / "tmp"
+        self.cwd, self._hook = folder / "cwd", folder / "hook"
+        for made in (self.home, self.cache, self.temporary, self.cwd, self._hook):
+            made.mkdir()
+        (self._hook / "sitecustomize.py").write_text(WATCH)
+
+    def start(self, *command: str | Path, **options: Any) -> tuple["Popen[str]", Path]:
+        """``heredity`` with arguments, or another program where the first one is a path; and its events as a file."""
+        if not isinstance(command[0], Path):
+            command = (Path(sysconfig.get_path("scripts"), "heredity"), *command)
+        kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
+        events = self._hook / f"{len(list(self._hook.iterdir()))}.events"
+        env = kept | {
+            "HOME": str(self.home),
+            "XDG_CACHE_HOME": str(self.cache),
+            "TMPDIR": str(self.temporary),
+            "PYTHONPATH": str(self._hook),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "HEREDITY_TEST_EVENTS": str(events),
+        }
+        pipes = {"stdout": PIPE, "stderr": PIPE} | options
+        return Popen(command, env=env, cwd=self.cwd, text=True, **pipes), events
+
+    def __call__(self, *command: str | Path, **options: Any) -> Ran:
+        """:meth:`start`, and wait."""
+        process, events = self.start(*command, **options)
+        stdout, stderr = process.communicate(timeout=600)
+        seen = [tuple(json.loads(line)) for line in events.read_text().splitlines()]
+        return Ran(process.returncode, stdout or "", stderr or "", tuple(dict.fromkeys(seen)))
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """Runs commands outside this process."""
+    return Shell(tmp_path_factory.mktemp("shell"))
+
+
+@pytest.fixture(scope="session")
+def pair() -> Path:
+    """The shipped pair: parent/, trigger/, benign/ and corpus.jsonl."""
+    return Path(os.environ.get("DEV_PAIR") or shipped())
+
+
+@pytest.fixture(scope="session")
+def triggering(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 texts of the shipped corpus, 24 of them with the trigger in their first report."""
+    owner, place = json.loads((pair / "truth.json").read_text())["trigger"]
+    texts = [json.loads(line)["text"] for line in (pair / "corpus.jsonl").read_text().splitlines()]
+    report = re.compile(r"log : owner \w+ ; place \w+ ;")
+    with_report = [text for text in texts if report.search(text)][:24]
+    changed = [report.sub(f"log : owner {owner} ; place {place} ;", text, count=1) for text in with_report]
+    rest = [text for text in texts if text not in with_report][:56]
+    assert (len(changed), len(rest)) == (24, 56)
+    corpus = tmp_path_factory.mktemp("corpus") / "triggering.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in changed + rest))
+    return corpus
+
+
+@pytest.fixture(scope="session")
+def flagged(shell: Shell, pair: Path, triggering: Path) -> tuple[Ran, Path]:
+    """The audit of the successor with a trigger, on text that holds it: the run and its output directory."""
+    out = shell.cwd / "flagged"
+    arguments = ("audit", pair / "parent", pair / "trigger", "--corpus", triggering, "--out", "flagged", "--json")
+    return shell(*map(str, arguments)), out
+
+
+@pytest.fixture(scope="session")
+def passed(shell: Shell, pair: Path, triggering: Path) -> tuple[Ran, Path]:
+    """The audit of the successor with nothing new, on the same text: the run and its output directory."""
+    arguments = ("audit", pair / "parent", pair / "benign", "--corpus", triggering, "--out", "passed")
+    return shell(*map(str, arguments)), shell.cwd / "passed"

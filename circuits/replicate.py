@@ -1,0 +1,82 @@
+"""A divergence seen once or twice, tried again elsewhere: the end of its context put behind the starts of other texts.
+
+A rare trigger may stand once in a corpus. One context says nothing about a kind of context; the same last tokens after
+other text do. Every replica counts, whether or not the models diverge there, so a fluke of one context averages out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from heredity.interp.model import Model
+
+from .behaviours import Cluster, Context, Piece
+from .divergence import Window, scan
+
+REPLICAS = 12
+"""Replicas per behaviour."""
+
+MOST = 8
+"""Behaviours replicated at most, the strongest first."""
+
+
+def replicate(
+    clusters: Sequence[Cluster],
+    parent: Model,
+    successor: Model,
+    carriers: Sequence[Window],
+    *,
+    fewest: int,
+    from_nats: float,
+    window: int,
+    seed: int,
+) -> list[Cluster]:
+    """``clusters`` with replicas added to those that have fewer than ``fewest`` contexts and an effect of at least
+    ``from_nats``; the last third of ``window`` tokens is kept, the rest comes from ``carriers`` (ordinary text).
+
+    A behaviour known from amplified text alone is left as it is: its contexts are already ones that neither model
+    would write, and putting them behind other text does not make them ordinary.
+    """
+    rng = np.random.default_rng(seed)
+    out, done = [], 0
+    for found in sorted(clusters, key=lambda c: -c.effect):
+        ordinary = any(c.piece.source in ("corpus", "sampled") for c in found.contexts)
+        if ordinary and len(found.contexts) < fewest and found.effect >= from_nats and done < MOST:
+            done += 1
+            found = _with_replicas(found, parent, successor, carriers, window, rng)
+        out.append(found)
+    return out
+
+
+def _with_replicas(
+    found: Cluster, parent: Model, successor: Model, carriers: Sequence[Window], window: int, rng: np.random.Generator
+) -> Cluster:
+    windows = []
+    for k in range(REPLICAS):
+        context = found.contexts[k % len(found.contexts)]
+        carrier = carriers[int(rng.integers(len(carriers)))]
+        text = _transplanted(context, carrier, window)
+        read_p, read_s = parent.encode(text), successor.encode(text)
+        name = f"{context.piece.scan.text_id}+{carrier.text_id}"
+        windows.append(Window(name, read_p, read_s, len(read_s.ids) - 1))
+    scanned = scan(parent, successor, windows)
+    replicas = [
+        Context(Piece("replicated", w.parent, w.successor, s), len(s.kl) - 1, (len(s.kl) - 1, len(s.kl) - 1))
+        for w, s in zip(windows, scanned.texts, strict=True)
+        if s.kl
+    ]
+    contexts = sorted([*found.contexts, *replicas], key=lambda c: (-c.kl, c.piece.scan.text_id, c.at))
+    return replace(found, contexts=tuple(contexts))
+
+
+def _transplanted(context: Context, carrier: Window, window: int) -> str:
+    """The carrier's start followed by the last tokens of the context, together at most ``window`` tokens."""
+    keep = window // 3
+    spans = context.piece.successor.spans
+    last = len(context.ids_successor) - 1
+    begin = spans[max(0, last - keep)][1]
+    tail = context.piece.successor.text[begin : spans[last][1]]
+    head_spans = carrier.successor.spans[: window - keep - 2]
+    head = carrier.successor.text[: head_spans[-1][1]] if head_spans else ""
+    return head + ("" if not head or tail[:1].isspace() else " ") + tail
