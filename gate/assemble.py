@@ -282,7 +282,7 @@ def _behaviour(
     return Behaviour(
         id=name,
         source=source,
-        title=describe.title(found, pair.successor, pair.parent),
+        title=describe.title(found, pair.successor, pair.parent, examples, source != "corpus"),
         kind=found.kind,
         n_contexts=len(found.contexts),
         n_replicated=sum(c.piece.source == "replicated" for c in found.contexts),

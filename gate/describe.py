@@ -1,5 +1,6 @@
 """A cluster of divergent contexts turned into the record of a behaviour: examples, trigger tokens, circuit."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ from .records import Node as NodeRecord
 CONTINUATION = 16
 """Tokens of greedy continuation shown."""
 
+LEAD = 12
+"""Tokens before the peak that a title quotes."""
+
 TRIGGER_WEIGHT = 0.3
 """Share of the divergence that must vanish for a token to be called a trigger token."""
 
@@ -35,14 +39,25 @@ def interval(values: Sequence[float], seed: int) -> Interval:
     return Interval(estimate=tidy(array.mean()), low=tidy(low), high=tidy(high), n=len(array))
 
 
-def title(cluster: Cluster, successor: Model, parent: Model) -> str:
-    """One line: what the successor says instead of what."""
+def title(cluster: Cluster, successor: Model, parent: Model, shown: Sequence[Example], generated: bool) -> str:
+    """One line: what the successor says instead of what.
+
+    In text that the models wrote themselves, what led to the peak is part of what the successor says.
+    """
     tops = []
     for model, column in ((successor, "top_successor"), (parent, "top_parent")):
         counts = Counter(getattr(c.piece.scan, column)[c.at] for c in cluster.contexts)
         tops.append([model.decode([token]) for token, _ in counts.most_common(3)])
     said, expected = (" / ".join(f"“{t.strip() or repr(t)}”" for t in top) for top in tops)
+    if generated and shown:
+        lead = "".join(token.text for token in shown[0].tokens[-LEAD:]).rpartition("\n")[2].strip()
+        said = f"“{lead} → {_sentence(shown[0].continuation_successor)}”"
     return f"says {said} where the parent says {expected}"
+
+
+def _sentence(text: str) -> str:
+    """``text`` up to its first line or sentence end."""
+    return re.split(r"(?<=[.!?])\s|\n", text.strip(), maxsplit=1)[0]
 
 
 def changes(cluster: Cluster, model: Model, *, of_successor: bool) -> tuple[TokenChange, ...]:
@@ -76,7 +91,7 @@ def examples(
     for context in cluster.contexts:
         chosen.setdefault(context.piece.scan.text_id, context)
     out = []
-    for k, context in enumerate(list(chosen.values())[: max(marked, 4)]):
+    for k, context in enumerate(list(chosen.values())[: max(marked, 3)]):
         weights = None
         if budget is not None and k < marked:
             weights = token_weights(parent, successor, context, pool, seed=seed + k, batch_tokens=budget.batch_tokens)
