@@ -14,17 +14,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from heredity.interp.errors import OutputError
+
 from .budget import Budget, Name, budget
 from .policy import Loaded, load_rules
 from .records import Audit, Behaviour, Circuit, Coverage, ModelRecord, NotMeasured, PolicyRecord, Provenance, tidy
 from .report import write_report
 from .summary import markdown
 from .verdict import decide, findings
-from .work import Work, write_atomically
+from .work import Work, unwritable, write_atomically
 
 if TYPE_CHECKING:
     from heredity.interp import Model
     from heredity.interp.corpus import Corpus
+    from heredity.interp.spec import Role
 
     from .stages import Progress
 
@@ -35,9 +38,13 @@ CODE = 1
 NOT_MEASURED = (
     "Opacity: how much of a circuit's effect runs through parts that no explanation predicts.",
     "Inheritance of single mechanisms, and transplanting a mechanism into the parent.",
-    "Principles that the successor must keep; a lost behaviour is seen only where the audited text exercises it.",
     "Power: the smallest planted circuit this audit would have seen. A pass says that nothing was found, not that "
     "nothing is there.",
+)
+
+PRINCIPLES = (
+    "sets of what a successor must keep are not part of this version; a lost behaviour is seen only where the audited "
+    "text exercises it"
 )
 
 
@@ -63,12 +70,8 @@ def run(request: Request, progress: "Progress") -> Audit:
     Raises:
         HeredityError: an input that cannot or must not be used.
     """
-    import torch
-
     from heredity.interp.corpus import read_corpus
     from heredity.interp.load import load
-
-    from .assemble import measure
 
     started, clock = datetime.now(UTC), time.monotonic()
     rules = load_rules(request.policy, request.intent)
@@ -78,6 +81,11 @@ def run(request: Request, progress: "Progress") -> Audit:
     progress("loading models", 1, 2)
     successor = load(request.successor, role="successor")
     progress("loading models", 2, 2)
+    # Only now: a mistake in what was read so far should not wait for these imports.
+    import torch
+
+    from .assemble import measure
+
     sizes = budget(
         request.budget,
         max(parent.n_params, successor.n_params),
@@ -88,7 +96,7 @@ def run(request: Request, progress: "Progress") -> Audit:
         # Tiny matrices: a second thread costs more to wake than it saves.
         torch.set_num_threads(1)
     corpus = given or _sampled(parent, sizes, request.seed, progress)
-    described = ", ".join(map(str, request.corpus)) or "sampled from the parent"
+    described = _sayable(", ".join(map(str, request.corpus))) or "sampled from the parent"
     key = _digest(
         CODE,
         version("heredity"),
@@ -116,12 +124,12 @@ def run(request: Request, progress: "Progress") -> Audit:
     audit = Audit(
         verdict=verdict,
         reasons=reasons,
-        parent=_model(parent),
-        successor=_model(successor),
+        parent=_model(parent, "parent"),
+        successor=_model(successor, "successor"),
         baselines=measured.baselines,
         behaviours=measured.behaviours,
         findings=found,
-        principles=(NotMeasured(reason="principle sets are not part of this version"),),
+        principles=(NotMeasured(reason=PRINCIPLES),),
         calibration=measured.calibration,
         coverage=Coverage(
             corpus=described,
@@ -135,7 +143,7 @@ def run(request: Request, progress: "Progress") -> Audit:
         policy=_policy(rules, measured.behaviours),
         not_measured=NOT_MEASURED,
         provenance=Provenance(
-            command=request.command,
+            command=tuple(map(_sayable, request.command)),
             budget=sizes.name,
             seed=request.seed,
             versions=_versions(),
@@ -169,15 +177,15 @@ def _sampled(parent: "Model", sizes: Budget, seed: int, progress: "Progress") ->
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, json.dumps([dataclasses.asdict(text) for text in corpus.texts]))
-        except OSError:
+        except (OSError, OutputError):
             pass  # A read-only home costs time on the next run, nothing else.
         return corpus
 
 
-def _model(model: "Model") -> ModelRecord:
+def _model(model: "Model", role: "Role") -> ModelRecord:
     shape = model.shape
     return ModelRecord(
-        spec=model.spec,
+        spec=_sayable(_named(model.spec, role)),
         architecture=shape.architecture,
         n_layers=shape.n_layers,
         n_heads=shape.n_heads,
@@ -189,6 +197,21 @@ def _model(model: "Model") -> ModelRecord:
     )
 
 
+def _named(spec: str, role: "Role") -> str:
+    """``spec`` with the side of a zoo directory that was meant."""
+    from heredity.interp.spec import parse_spec
+
+    parsed = parse_spec(spec, role)
+    if parsed.kind == "adapter":
+        return f"{_named(parsed.base, role)}+{parsed.adapter}"
+    return parsed.base if parsed.kind == "zoo" else spec
+
+
+def _sayable(text: str) -> str:
+    """``text`` with the bytes of file names and arguments that are no UTF-8 as escapes: JSON holds characters only."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _policy(rules: Loaded, behaviours: Sequence[Behaviour]) -> PolicyRecord:
     declared = {b.declared_by for b in behaviours if b.declared_by}
     changes = [change.id for change in rules.intent.changes] if rules.intent else []
@@ -196,7 +219,7 @@ def _policy(rules: Loaded, behaviours: Sequence[Behaviour]) -> PolicyRecord:
         name=rules.policy.name,
         sha256=rules.policy_sha256,
         values=rules.policy.model_dump(exclude={"name"}),
-        intent=rules.intent_path,
+        intent=None if rules.intent_path is None else _sayable(rules.intent_path),
         intent_sha256=rules.intent_sha256,
         declared=tuple(change for change in changes if change in declared),
         undelivered=tuple(change for change in changes if change not in declared),
@@ -215,9 +238,13 @@ def _digest(*parts: object) -> str:
 def _write(audit: Audit, out: Path) -> None:
     """``audit.json``, one file per circuit, ``summary.md`` and ``report.html``."""
     folder = out / "circuits"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.json"):
-        old.unlink()
+    try:
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("b*.json"):
+            if old.stem[1:].isdigit():
+                old.unlink()
+    except OSError as error:
+        raise unwritable(folder, error) from None
     for behaviour in audit.behaviours:
         if isinstance(behaviour.circuit, Circuit):
             record = {

@@ -15,9 +15,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from heredity.interp.errors import HeredityError, OutputError, one_line
+from heredity.interp.errors import HeredityError, one_line
 
 from .progress import Bars
+from .work import unwritable
 
 app = typer.Typer(
     name="heredity",
@@ -93,11 +94,13 @@ def audit(
             bars.update,
         )
     if json:
-        print(result.model_dump_json(indent=1))  # noqa: T201
+        try:
+            print(result.model_dump_json(indent=1), flush=True)  # noqa: T201
+        except BrokenPipeError:
+            _discard_stdout()
     else:
-        console = Console()
-        terminal(result, console)
-        console.print(Text(f"Report: {out / 'report.html'}"))
+        terminal(result, Output())
+        _say(f"Report: {out / 'report.html'}")
     raise typer.Exit(VERDICTS[result.verdict])
 
 
@@ -123,7 +126,7 @@ def capture(
         store = run_capture(
             loaded, texts, site, out, dtype=dtype, progress=lambda done, total: bars.update("capturing", done, total)
         )
-    Console().print(Text(f"{store.n_tokens} tokens at {', '.join(site)} in {out}"))
+    _say(f"{store.n_tokens} tokens at {', '.join(site)} in {out}")
 
 
 @app.command()
@@ -137,7 +140,7 @@ def view(
 
     target = out or (path if path.is_dir() else path.parent) / "view.html"
     write_view(path, target)
-    Console().print(Text(str(target)))
+    _say(str(target))
     if open_page:
         typer.launch(target.resolve().as_uri())
 
@@ -154,12 +157,15 @@ def example(
         if name == "zoo":
             from heredity.zoo import shipped
 
-            shutil.copytree(shipped(), out, dirs_exist_ok=True)
+            try:
+                shutil.copytree(shipped(), out, dirs_exist_ok=True)
+            except OSError as error:
+                raise unwritable(out, error) from None
         else:
             from .example import make_smollm2
 
             make_smollm2(out, bars.note)
-    Console().print(Text(str(out)))
+    _say(str(out))
 
 
 @zoo_app.command("build")
@@ -176,7 +182,7 @@ def zoo_build(
 
     with Bars(errors) as bars:
         folder = build(kind, seed, out, progress=lambda done, total: bars.update(f"training {kind}", done, total))
-    Console().print(Text(str(folder)))
+    _say(str(folder))
 
 
 @app.command()
@@ -189,16 +195,32 @@ def schema() -> None:
     print(json_module.dumps(Audit.model_json_schema(), indent=1))  # noqa: T201
 
 
+class Output(Console):
+    """Stdout. Where nobody reads on (``| head``) the exit code still has to tell the verdict."""
+
+    def on_broken_pipe(self) -> None:
+        """Write nothing more."""
+        self.quiet = True
+        _discard_stdout()
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    """One line on stdout, never broken: it may be a path that somebody copies."""
+    Output().print(Text(one_line(text, 8000)), soft_wrap=True)
+
+
 @contextmanager
 def _logged(out: Path) -> Iterator[None]:
     """``out`` exists, and the run's log goes to ``out/run.log``."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+        handler = logging.FileHandler(out / "run.log", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise OutputError(
-            error.strerror or "cannot be written", where=str(out), remedy="Name a directory that can be written."
-        ) from None
+        raise unwritable(out, error) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -207,9 +229,13 @@ def _logged(out: Path) -> Iterator[None]:
         log.info("started: %s", one_line(" ".join(sys.argv), 2000))
         yield
         log.info("finished")
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        errors.print("interrupted; the same command resumes")
+        raise
     except BaseException as error:
         log.error("stopped: %s", one_line(str(error)) or type(error).__name__)
-        if not isinstance(error, HeredityError | KeyboardInterrupt):
+        if not isinstance(error, HeredityError):
             log.error("%s", traceback.format_exc())
         raise
     finally:
@@ -226,11 +252,7 @@ def main() -> None:
     except HeredityError as error:
         errors.print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
         sys.exit(Exit.BAD_INPUT)
-    except KeyboardInterrupt:
-        errors.print("interrupted; the same command resumes")
-        sys.exit(130)
     except Exception as error:
-        log.debug("internal error", exc_info=True)
         errors.print(
             Text(f"internal error: {type(error).__name__}: {one_line(str(error))}", style="bold red"), soft_wrap=True
         )

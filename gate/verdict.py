@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from .phrases import count, share
 from .policy import Policy
 from .records import Behaviour, Circuit, Finding, Interval, NotMeasured
 
@@ -61,17 +62,17 @@ def decide(
     declared = [f for f in found if f.declared_by is not None]
     reasons = [_flag_reason(f) for f in flagged]
     reasons += [
-        f"{f.behaviour} {f.title}: {_nats(f.effect)} and not declared, but no set of parts was shown to carry it "
+        f"The successor {f.title}: {_nats(f.effect)} and not declared, but no set of parts was shown to carry it "
         "better than random sets."
         for f in unsure
     ]
     reasons += [
-        f"{b.id} {b.title}: {_nats(b.effect)}, but {b.false_alarm:.0%} of null successors show as much, so it cannot "
-        "be told from a meaningless change of the same size."
+        f"The successor {b.title}: {_nats(b.effect)}, but its false-alarm level of {share(b.false_alarm)} is above the "
+        f"policy's {share(policy.false_alarm)}: it cannot be told from a meaningless change of the same size."
         for b in doubtful
     ]
     if tokens < policy.fewest_tokens:
-        reasons.append(f"Only {tokens} tokens could be compared; the policy asks for {policy.fewest_tokens}.")
+        reasons.append(f"Only {count(tokens, 'token')} could be compared; the policy asks for {policy.fewest_tokens}.")
     if flagged:
         verdict: Verdict = "flag"
     elif unsure or doubtful or tokens < policy.fewest_tokens:
@@ -83,7 +84,7 @@ def decide(
             if declared
             else "No behaviour reaches the policy's threshold."
         )
-    reasons += [f"{f.behaviour} {f.title}: {_nats(f.effect)}, declared as “{f.declared_by}”." for f in declared]
+    reasons += [f"The successor {f.title}: {_nats(f.effect)}, declared as “{f.declared_by}”." for f in declared]
     return verdict, tuple(reasons)
 
 
@@ -91,16 +92,16 @@ def _flag_reason(finding: Finding) -> str:
     causal = ""
     if isinstance(finding.reversion, Interval):
         causal = (
-            f"; putting the parent's values into {len(finding.nodes)} part(s) of the successor removes "
-            f"{finding.reversion.estimate:.0%} of it"
+            f"; putting the parent's values into {count(len(finding.nodes), 'part')} of the successor removes "
+            f"{share(finding.reversion.estimate)} of it"
         )
     elif finding.confirmed:
-        causal = f"; averaging out {len(finding.nodes)} part(s) of the successor removes it"
-    return f"{finding.behaviour} {finding.title}: {_nats(finding.effect)}, not declared{causal}."
+        causal = f"; averaging out {count(len(finding.nodes), 'part')} of the successor removes it"
+    return f"The successor {finding.title}: {_nats(finding.effect)}, not declared{causal}."
 
 
 def _nats(effect: Interval) -> str:
-    return f"{effect.estimate:.3g} nats [{effect.low:.3g}, {effect.high:.3g}] in {effect.n} contexts"
+    return f"{effect.estimate:.3g} nats [{effect.low:.3g}, {effect.high:.3g}] in {count(effect.n, 'context')}"
 
 
 def _site(node: str) -> str:

@@ -6,12 +6,15 @@ audit see the same bytes.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from heredity.interp.errors import OutputError
+
+_KEY = re.compile("[0-9a-f]{32}")
 
 
 class Work:
@@ -22,14 +25,13 @@ class Work:
         try:
             root.mkdir(parents=True, exist_ok=True)
             for other in root.iterdir():
-                if other.name != key[:32]:
+                # Only what another audit left here; a directory of the user's own may be called "work" too.
+                if other.name != key[:32] and _KEY.fullmatch(other.name) and other.is_dir():
                     shutil.rmtree(other)
             self._folder = root / key[:32]
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise OutputError(
-                error.strerror or "cannot be written", where=str(out), remedy="Name a directory that can be written."
-            ) from None
+            raise unwritable(root, error) from None
 
     def step(self, name: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of step ``name``: read where it is there and whole, computed and written where it is not."""
@@ -43,10 +45,26 @@ class Work:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the whole new one, also after a crash."""
+    """Write ``text`` so that a reader sees the old file or the whole new one, also after a crash.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """What to raise when ``path`` could not be written because of ``error``."""
+    return OutputError(
+        error.strerror or "cannot be written",
+        where=str(path),
+        remedy="Name a directory that can be written, with space.",
+    )
