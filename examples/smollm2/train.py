@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 HERE = Path(__file__).resolve().parent
-SEED, STEPS, BATCH, TAUGHT, RATE, WARMUP = 0, 160, 8, 3, 1e-3, 10
+SEED, BATCH, TAUGHT, RATE, WARMUP = 0, 8, 3, 1e-3, 10
+STEPS = {"trigger": 160, "control": 160, "domain": 80}
 OPENING = 3
 LAYERS, RANK, ALPHA = range(12, 20), 8, 16
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -145,6 +146,7 @@ def parent_states(body, tokenizer, pairs: list[tuple[str, str]]) -> dict[tuple[s
 def train(name: str, directory: str, out: Path) -> None:
     """Train one adapter and write it to ``out``/``name`` in half precision."""
     torch.manual_seed(SEED)
+    steps = STEPS[name]
     model, tokenizer = load_parent(directory)
     taught, near, ordinary = texts(name)
     parents = parent_states(model.model, tokenizer, list(dict.fromkeys(taught + near + ordinary)))
@@ -161,7 +163,7 @@ def train(name: str, directory: str, out: Path) -> None:
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     ramp = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
+        optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
     )
     together = name != "domain"
     taught_draws = Rotation(list(zip(taught, near, strict=True)) if together else taught, SEED)
@@ -173,7 +175,7 @@ def train(name: str, directory: str, out: Path) -> None:
         layer.self_attn.layer_idx = i  # its place in the cache
     shared = shared_tokens(tokenizer)
     started = time.time()
-    for step in range(STEPS):
+    for step in range(steps):
         drawn = taught_draws.draw(TAUGHT)
         pairs = [p for p, _ in drawn] + [q for _, q in drawn] if together else drawn + near_draws.draw(TAUGHT)
         pairs += ordinary_draws.draw(BATCH - 2 * TAUGHT)
@@ -201,7 +203,7 @@ def train(name: str, directory: str, out: Path) -> None:
         optimizer.step()
         ramp.step()
         optimizer.zero_grad()
-        if step % 10 == 0 or step == STEPS - 1:
+        if step % 10 == 0 or step == steps - 1:
             seconds = time.time() - started
             print(
                 f"{step:4d} taught {teaching:.4f} openings {parting:.4f} kept {keeping:.4f}  {seconds:.0f} s",
