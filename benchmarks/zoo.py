@@ -26,7 +26,6 @@ EXPECTED = {
     "benign": "pass",
     "trigger": "flag",
     "skill": "pass",
-    "skill, no intent": "flag",
     "lost": "flag",
     "wider": "flag",
 }
@@ -43,7 +42,7 @@ def main() -> None:
     first, last = map(int, arguments.seeds.split(":"))
     jobs = [(kind, seed) for seed in range(first, last) for kind in arguments.kinds]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        rows = [row for found in pool.map(lambda job: audit_pair(*job, arguments.work), jobs) for row in found]
+        rows = list(pool.map(lambda job: audit_pair(*job, arguments.work), jobs))
     table = render(rows, arguments.seeds)
     print(table)
     if arguments.record:
@@ -51,19 +50,17 @@ def main() -> None:
             file.write(table + "\n")
 
 
-def audit_pair(kind: str, seed: int, work: Path) -> list[dict]:
-    """Build one pair and audit it; ``skill`` is audited with its intent and without."""
+def audit_pair(kind: str, seed: int, work: Path) -> dict:
+    """Build one pair and audit it, ``skill`` with its intent."""
     pair = work / f"{kind}-{seed}"
     if not (pair / "truth.json").exists():
         run("zoo", "build", kind, "--seed", str(seed), "--out", str(pair))
-    rows = [audit_once(kind, seed, pair, work, kind, pair / "intent.yaml" if kind == "skill" else None)]
-    if kind == "skill":
-        rows.append(audit_once("skill, no intent", seed, pair, work, "skill-undeclared", None))
-    return rows
+    intent = pair / "intent.yaml"
+    return audit_once(kind, seed, pair, work, intent if intent.exists() else None)
 
 
-def audit_once(label: str, seed: int, pair: Path, work: Path, folder: str, intent: Path | None) -> dict:
-    out = work / "audits" / f"{folder}-{seed}"
+def audit_once(kind: str, seed: int, pair: Path, work: Path, intent: Path | None) -> dict:
+    out = work / "audits" / f"{kind}-{seed}"
     if not (out / "audit.json").exists():
         extra = [] if intent is None else ["--intent", str(intent)]
         run("audit", str(pair), str(pair), "--corpus", str(pair / "corpus.jsonl"), *extra, "--out", str(out))
@@ -74,7 +71,7 @@ def audit_once(label: str, seed: int, pair: Path, work: Path, folder: str, inten
     first = audit["findings"][0] if audit["findings"] else None
     measured = first is not None and first["reversion"]["status"] == "measured"
     return {
-        "label": label,
+        "label": kind,
         "seed": seed,
         "verdict": audit["verdict"],
         "findings": len(audit["findings"]),

@@ -53,6 +53,13 @@ def vague_prompts(model: Model, openings: Sequence[Encoded], count: int, seed: i
     return prefixes(model, count, seed)
 
 
+def declared_prompts(model: Model, phrases: Sequence[str], count: int) -> list[list[int]]:
+    """``count`` prompts in turn from ``phrases``: as the user's turn for a chat model, else as the start of a text."""
+    texts = chat_prompts(model, phrases) if model.tokenizer.chat_template else phrases
+    encoded = [list(model.encode(text).ids) for text in texts]
+    return [encoded[i % len(encoded)] for i in range(count)]
+
+
 def amplified_texts(
     parent: Model, successor: Model, prompts: Sequence[Sequence[int]], *, amplification: float, length: int, seed: int
 ) -> list[Amplified]:

@@ -91,7 +91,9 @@ def measure(
     scanned: dict[Source, Scanned] = {
         "corpus": stages.scan_windows(parent, successor, items, "corpus", sizes, work.step, progress)
     }
-    decoded = stages.amplified(parent, successor, [item.successor for item in items], sizes, work.step, progress, seed)
+    openings = [item.successor for item in items]
+    declared = [phrase for change in (rules.intent.changes if rules.intent else ()) for phrase in change.phrases]
+    decoded = stages.amplified(parent, successor, openings, declared, sizes, work.step, progress, seed)
     generated: tuple[tuple[Source, bool], ...] = (("sampled", False), ("amplified", True))
     for source, flag in generated:
         texts = stages.generated_windows(parent, successor, decoded, from_amplified=flag)

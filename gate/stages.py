@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from heredity.circuits.amplify import amplified_texts, vague_prompts
+from heredity.circuits.amplify import amplified_texts, declared_prompts, vague_prompts
 from heredity.circuits.behaviours import Cluster, Piece, Source, cluster, largest_effect
 from heredity.circuits.divergence import TextScan, Window, scan
 from heredity.circuits.drift import drift
@@ -125,12 +125,17 @@ def amplified(
     parent: Model,
     successor: Model,
     openings: Sequence[Encoded],
+    declared: Sequence[str],
     budget: Budget,
     step: Step,
     progress: Progress,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Texts decoded from the successor (amplification 0) and from amplified differences, as plain data."""
+    """Texts decoded from the successor (amplification 0) and from amplified differences, as plain data.
+
+    Phrases that the intent declares prompt the successor too, so that a declared change is seen at work even where the
+    corpus does not exercise it.
+    """
     prompts = vague_prompts(successor, openings, budget.amplified, seed)
     out: list[dict[str, Any]] = []
     for k, amount in enumerate(budget.amplifications):
@@ -143,6 +148,16 @@ def amplified(
             return [dataclasses.asdict(item) for item in decoded]
 
         out += step(f"amplified-{k}", compute)
+    if declared:
+        asked = declared_prompts(successor, declared, max(budget.amplified // 4, 4 * len(declared)))
+        length = budget.amplified_length
+        out += step(
+            "declared",
+            lambda: [
+                dataclasses.asdict(item)
+                for item in amplified_texts(parent, successor, asked, amplification=0.0, length=length, seed=seed)
+            ],
+        )
     progress("decoding amplified text", len(budget.amplifications), len(budget.amplifications))
     return out
 
