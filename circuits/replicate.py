@@ -35,13 +35,13 @@ def replicate(
     """``clusters`` with replicas added to those that have fewer than ``fewest`` contexts and an effect of at least
     ``from_nats``; the last third of ``window`` tokens is kept, the rest comes from ``carriers`` (ordinary text).
 
-    A behaviour known from amplified text alone is left as it is: its contexts are already ones that neither model
-    would write, and putting them behind other text does not make them ordinary.
+    A behaviour known from decoded text alone is left as it is: such text wanders to where neither model has been
+    trained, and its end is no more ordinary behind other text.
     """
     rng = np.random.default_rng(seed)
     out, done = [], 0
     for found in sorted(clusters, key=lambda c: -c.effect):
-        ordinary = any(c.piece.source in ("corpus", "sampled") for c in found.contexts)
+        ordinary = any(c.piece.source == "corpus" for c in found.contexts)
         if ordinary and len(found.contexts) < fewest and found.effect >= from_nats and done < MOST:
             done += 1
             found = _with_replicas(found, parent, successor, carriers, window, rng)
@@ -53,8 +53,9 @@ def _with_replicas(
     found: Cluster, parent: Model, successor: Model, carriers: Sequence[Window], window: int, rng: np.random.Generator
 ) -> Cluster:
     windows = []
+    given = [c for c in found.contexts if c.piece.source == "corpus"]
     for k in range(REPLICAS):
-        context = found.contexts[k % len(found.contexts)]
+        context = given[k % len(given)]
         carrier = carriers[int(rng.integers(len(carriers)))]
         text = _transplanted(context, carrier, window)
         read_p, read_s = parent.encode(text), successor.encode(text)
@@ -75,7 +76,7 @@ def _transplanted(context: Context, carrier: Window, window: int) -> str:
     keep = window // 3
     spans = context.piece.successor.spans
     last = len(context.ids_successor) - 1
-    begin = spans[max(0, last - keep)][1]
+    begin = spans[last - keep][1] if last >= keep else 0
     tail = context.piece.successor.text[begin : spans[last][1]]
     head_spans = carrier.successor.spans[: window - keep - 2]
     head = carrier.successor.text[: head_spans[-1][1]] if head_spans else ""
