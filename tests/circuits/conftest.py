@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MOVED = 0.15
 """Change of every tensor of the successor, as a share of its root mean square."""
 
+FLOATS = ("reverse", "p_successor", "p_successor_in_parent", "p_parent", "p_parent_in_successor", "surprise")
+
 
 def _parameters(model: "Model") -> "list[Tensor]":
     return [value.detach() for value in model.bridge.original_model.parameters()]
@@ -225,6 +227,7 @@ def piece() -> "Callable[..., Piece]":
             "p_parent_in_successor": [0.5] * n,
             "surprise": [0.0] * n,
         }
-        return Piece(source, read, read, TextScan(name, kl=list(map(float, kl)), **{**plain, **columns}))
+        given = {key: list(map(float, values)) if key in FLOATS else list(values) for key, values in columns.items()}
+        return Piece(source, read, read, TextScan(name, kl=list(map(float, kl)), **{**plain, **given}))
 
     return make
