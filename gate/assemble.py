@@ -14,6 +14,7 @@ from heredity.circuits.null import NullSuccessors
 from heredity.circuits.weights import comparable, relative_distance
 from heredity.interp.capture import batches
 from heredity.interp.corpus import Corpus
+from heredity.interp.errors import CorpusError
 from heredity.interp.model import Model, pad
 
 from . import describe, stages
@@ -88,6 +89,12 @@ def measure(
     """Run every stage. ``another_parent`` loads a second copy of the parent, for the null between architectures."""
     pair = Pair(parent, successor, comparable(parent, successor), vocabulary(parent, successor).same)
     items = stages.windows(parent, successor, corpus, sizes, seed)
+    if not items:
+        raise CorpusError(
+            "holds nothing to compare: no text has two tokens",
+            where=corpus.texts[0].source,
+            remedy="Give longer text that these models' tokenizers can read.",
+        )
     scanned: dict[Source, Scanned] = {
         "corpus": stages.scan_windows(parent, successor, items, "corpus", sizes, work.step, progress)
     }

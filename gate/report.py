@@ -237,11 +237,13 @@ def _unbroken(text: str) -> Markup:
     return escape(text.replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
-def _estimate(value: Interval | NotMeasured, unit: str = "share") -> Markup:
-    """The estimate large, its interval small; or the reason why there is none."""
+def _estimate(value: Interval | NotMeasured | float, unit: str = "share") -> Markup:
+    """The estimate large, its interval small (an exact number has none); or the reason why there is none."""
     if isinstance(value, NotMeasured):
         return Markup('<span class="unmeasured">not measured: {}</span>').format(_shown(value.reason, 600))
     main, _, interval = phrases.estimate(value, unit).partition(" (")
+    if not interval:
+        return Markup('<span class="estimate"><b>{}</b></span>').format(_unbroken(main))
     return Markup('<span class="estimate"><b>{}</b> <small>({}</small></span>').format(
         _unbroken(main), _unbroken(interval)
     )
