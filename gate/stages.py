@@ -136,7 +136,7 @@ def amplified(
     Phrases that the intent declares prompt the successor too, so that a declared change is seen at work even where the
     corpus does not exercise it.
     """
-    prompts = vague_prompts(successor, openings, budget.amplified, seed)
+    prompts = vague_prompts(parent, openings, budget.amplified, seed)
     out: list[dict[str, Any]] = []
     for k, amount in enumerate(budget.amplifications):
         progress("decoding amplified text", k, len(budget.amplifications))
@@ -149,7 +149,7 @@ def amplified(
 
         out += step(f"amplified-{k}", compute)
     if declared:
-        asked = declared_prompts(successor, declared, max(budget.amplified // 4, 4 * len(declared)))
+        asked = declared_prompts(parent, declared, max(budget.amplified // 4, 4 * len(declared)))
         length = budget.amplified_length
         out += step(
             "declared",
