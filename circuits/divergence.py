@@ -182,6 +182,6 @@ def _mine(parent: Tensor, successor: Tensor, vocab: Vocabulary, raised: Counter[
     log_p, log_s = _common(parent, successor, vocab)
     gain = log_s - log_p if vocab.same else (log_s - log_p)[:, :-1]
     k = min(MINED, gain.shape[1])
-    for counter, indices in ((raised, gain.topk(k).indices), (lowered, (-gain).topk(k).indices)):
-        ids = indices if vocab.ids_successor is None else vocab.ids_successor[indices]
-        counter.update(ids.flatten().tolist())
+    for counter, best in ((raised, gain.topk(k)), (lowered, (-gain).topk(k))):
+        moved = best.indices[best.values > 0]
+        counter.update((moved if vocab.ids_successor is None else vocab.ids_successor[moved]).tolist())
