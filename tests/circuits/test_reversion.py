@@ -54,8 +54,8 @@ def test_the_interval_is_around_the_estimate_and_the_seed_s(bench: Bench) -> Non
     assert (everything.low, everything.high) == (pytest.approx(1, abs=1e-4), pytest.approx(1, abs=1e-4))
 
 
-@pytest.mark.parametrize("target", [0.3, 0.85, 0.97])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("target", [0.3, 0.95])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_set_found_reaches_the_target_in_whatever_order(bench: Bench, target: float, seed: int) -> None:
     nodes = nodes_of(bench.successor)
     ranked = [nodes[i] for i in np.random.default_rng(seed).permutation(len(nodes))]
