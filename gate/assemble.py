@@ -14,6 +14,7 @@ from heredity.circuits.null import NullSuccessors
 from heredity.circuits.weights import comparable, relative_distance
 from heredity.interp.capture import batches
 from heredity.interp.corpus import Corpus
+from heredity.interp.errors import ModelError
 from heredity.interp.errors import CorpusError
 from heredity.interp.model import Model, pad
 
@@ -256,16 +257,20 @@ def _circuit(
         return NotMeasured(reason="the models read text with different tokenizers")
     if rank > sizes.behaviours:
         return NotMeasured(reason=f"only {sizes.behaviours} behaviours are traced at this budget")
-    return describe.circuit(
-        found,
-        pair.parent,
-        pair.successor,
-        donor(),
-        same_parameters=pair.same_parameters,
-        budget=sizes,
-        policy=rules.policy,
-        seed=seed,
-    )
+    try:
+        return describe.circuit(
+            found,
+            pair.parent,
+            pair.successor,
+            donor(),
+            same_parameters=pair.same_parameters,
+            budget=sizes,
+            policy=rules.policy,
+            seed=seed,
+        )
+    except ModelError as error:
+        # Raised for architectures whose parts do not add up to the residual stream, so cannot be exchanged one by one.
+        return NotMeasured(reason=error.what)
 
 
 def _behaviour(
