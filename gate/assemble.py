@@ -14,8 +14,7 @@ from heredity.circuits.null import NullSuccessors
 from heredity.circuits.weights import comparable, relative_distance
 from heredity.interp.capture import batches
 from heredity.interp.corpus import Corpus
-from heredity.interp.errors import ModelError
-from heredity.interp.errors import CorpusError
+from heredity.interp.errors import CorpusError, ModelError
 from heredity.interp.model import Model, pad
 
 from . import describe, stages
