@@ -404,7 +404,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 @pytest.fixture(scope="session")
 def pair() -> Path:
     """The shipped pair: parent/, trigger/, benign/ and corpus.jsonl."""
-    return Path(os.environ.get("DEV_PAIR") or shipped())
+    return shipped()
 
 
 @pytest.fixture(scope="session")
