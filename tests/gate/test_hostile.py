@@ -1,5 +1,6 @@
 """A corpus that attacks whoever reads the results: all of it is shown, none of it is live."""
 
+import io
 import json
 import re
 import sys
@@ -8,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from heredity.gate import cli
+from heredity.gate.records import Audit
+from heredity.gate.summary import terminal
 
 # No white space: to the tokenizer of the shipped pair each is one unknown word.
 ATTACKS = (
@@ -39,7 +43,7 @@ def audited(
             start, report, rest = text.partition("log :")
             # Right before the report that fires, so that the context of the finding ends in it.
             lines.append(f"{start}{' '.join(ATTACKS)} {report}{rest}" if report else text)
-        lines.append(" ".join("y" * 19_000 + " " + text for text in texts[:6]))
+        lines.append(" ".join("y" * 19_000 + " " + text for text in lines[:6]))
         assert len(lines[-1]) > 100_000
         corpus.write_bytes("\n".join(lines).encode())
         arguments = [f"{pair}/parent", f"{pair}/trigger", "--corpus", str(corpus), "--out", str(folder / "out")]
@@ -65,9 +69,16 @@ def test_the_attacks_reach_the_record_as_they_are(audited: Any, capfd: Any, monk
 
 
 def test_nothing_is_live_on_the_terminal(audited: Any, capfd: Any, monkeypatch: Any) -> None:
-    _, stdout = audited(capfd, monkeypatch)
+    out, stdout = audited(capfd, monkeypatch)
     assert not re.search(LIVE, stdout)
-    shown = re.sub(r"\s+", "", stdout)
+    # The terminal shows one example of a finding, and which is strongest is up to the models: one from the corpus.
+    audit = Audit.model_validate_json((out / "audit.json").read_text())
+    examples = tuple(e for e in audit.findings[0].examples if ATTACKS[-1] in "".join(t.text for t in e.tokens))
+    findings = (audit.findings[0].model_copy(update={"examples": examples}),)
+    terminal(audit.model_copy(update={"findings": findings}), console := Console(file=io.StringIO(), width=80))
+    assert isinstance(console.file, io.StringIO)
+    assert not re.search(LIVE, console.file.getvalue())
+    shown = re.sub(r"\s+", "", console.file.getvalue())
     assert "[click](javascript:window.pwned=1)" in shown and "⟨ESC⟩[31mred" in shown
 
 
