@@ -40,7 +40,8 @@ SURER = 0.25
 """Difference of top probability from which one model counts as surer than the other."""
 
 
-Source = Literal["corpus", "sampled", "amplified", "replicated"]
+Natural = Literal["corpus", "sampled", "amplified"]
+Source = Natural | Literal["replicated"]
 
 
 @dataclass(frozen=True)

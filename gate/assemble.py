@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from heredity.circuits.behaviours import Cluster, Piece, Source
+from heredity.circuits.behaviours import Cluster, Natural, Piece
 from heredity.circuits.components import Donor, mean_donor
 from heredity.circuits.divergence import vocabulary
 from heredity.circuits.null import NullSuccessors
@@ -44,7 +44,7 @@ from .work import Work
 LISTED = 12
 """Behaviours listed at most."""
 
-ORDER: tuple[Source, ...] = ("corpus", "sampled", "amplified")
+ORDER: tuple[Natural, ...] = ("corpus", "sampled", "amplified")
 """Sources of text, the most ordinary first."""
 
 MATCHING = "needs mechanisms of parent and successor matched one to one, which this version does not do"
@@ -95,13 +95,13 @@ def measure(
             where=corpus.texts[0].source,
             remedy="Give longer text that these models' tokenizers can read.",
         )
-    scanned: dict[Source, Scanned] = {
+    scanned: dict[Natural, Scanned] = {
         "corpus": stages.scan_windows(parent, successor, items, "corpus", sizes, work.step, progress)
     }
     openings = [item.successor for item in items]
     declared = [phrase for change in (rules.intent.changes if rules.intent else ()) for phrase in change.phrases]
     decoded = stages.amplified(parent, successor, openings, declared, sizes, work.step, progress, seed)
-    generated: tuple[tuple[Source, bool], ...] = (("sampled", False), ("amplified", True))
+    generated: tuple[tuple[Natural, bool], ...] = (("sampled", False), ("amplified", True))
     for source, flag in generated:
         texts = stages.generated_windows(parent, successor, decoded, from_amplified=flag)
         scanned[source] = stages.scan_windows(parent, successor, texts, source, sizes, work.step, progress)
@@ -196,7 +196,7 @@ def _behaviours(
     pair: Pair,
     clusters: Sequence[Cluster],
     items: Sequence[Any],
-    scanned: dict[Source, Scanned],
+    scanned: dict[Natural, Scanned],
     null: Null,
     sizes: Budget,
     rules: Loaded,
@@ -278,7 +278,7 @@ def _behaviour(
     name: str,
     effect: Interval,
     traced: dict[str, Any],
-    scanned: dict[Source, Scanned],
+    scanned: dict[Natural, Scanned],
     null: Null,
     quiet: Sequence[str],
     rules: Loaded,
@@ -318,7 +318,7 @@ def _behaviour(
     )
 
 
-def _quiet_texts(scanned: dict[Source, Scanned], clusters: Sequence[Cluster]) -> list[str]:
+def _quiet_texts(scanned: dict[Natural, Scanned], clusters: Sequence[Cluster]) -> list[str]:
     """Texts in which no behaviour shows."""
     loud = {id(c.piece) for found in clusters for c in found.contexts}
 
@@ -330,7 +330,7 @@ def _quiet_texts(scanned: dict[Source, Scanned], clusters: Sequence[Cluster]) ->
 
 def _baselines(
     pair: Pair,
-    scanned: dict[Source, Scanned],
+    scanned: dict[Natural, Scanned],
     decoded: Sequence[dict[str, Any]],
     drifted: dict[str, Any],
     weights: list[dict[str, Any]] | None,
@@ -389,7 +389,7 @@ def _amplified(scanned: Scanned, decoded: Sequence[dict[str, Any]]) -> tuple[Amp
             prompt=item["prompt"],
             amplification=item["amplification"],
             text=item["text"],
-            kl_mean=tidy(np.mean(piece.scan.kl)),
+            kl_mean=tidy(float(np.mean(piece.scan.kl))),
             kl_max=tidy(max(piece.scan.kl)),
         )
         for item, piece in zip(decoded, scanned.pieces, strict=True)

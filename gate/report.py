@@ -114,7 +114,8 @@ def _behaviour_figures(behaviour: Behaviour, prefix: str, null_effects: Sequence
 
 def _baseline_figures(baselines: Baselines) -> dict[str, str]:
     divergence = baselines.divergence
-    figures = {"kl": views.kl_histogram(divergence.histogram_edges, divergence.histogram_counts).to_json()}
+    kl = views.kl_histogram(divergence.histogram_edges, divergence.histogram_counts)
+    figures: dict[str, Any] = {"kl": kl.to_json()}
     if not isinstance(baselines.similarity, NotMeasured):
         figures["cka"] = views.cka_figure(baselines.similarity).to_json()
     return figures

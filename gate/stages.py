@@ -108,7 +108,9 @@ def scan_windows(
         progress(f"comparing {source} text", number, len(groups))
 
         def compute(members: list[int] = members) -> Any:
-            return dataclasses.asdict(scan(parent, successor, [items[i] for i in members]))
+            found = scan(parent, successor, [items[i] for i in members])
+            # Not asdict, whose deep copy of the columns takes as long as the forwards of a small model.
+            return {**vars(found), "texts": [vars(text) for text in found.texts]}
 
         result = step(f"scan-{source}-{number:05d}", compute)
         for i, raw in zip(members, result["texts"], strict=True):
