@@ -51,7 +51,7 @@ def title(cluster: Cluster, successor: Model, parent: Model, shown: Sequence[Exa
     said, expected = (" / ".join(f"“{t.strip() or repr(t)}”" for t in top) for top in tops)
     if generated and shown:
         lead = "".join(token.text for token in shown[0].tokens[-LEAD:]).rpartition("\n")[2].strip()
-        said = f"“{lead} → {_sentence(shown[0].continuation_successor)}”"
+        said = f"“{lead} → {_sentence(shown[0].continuation_successor or shown[0].successor_says)}”"
     return f"says {said} where the parent says {expected}"
 
 
@@ -85,7 +85,9 @@ def changes(cluster: Cluster, model: Model, *, of_successor: bool) -> tuple[Toke
 def examples(
     cluster: Cluster, parent: Model, successor: Model, pool: Sequence[int], budget: Budget | None, seed: int
 ) -> tuple[Example, ...]:
-    """The strongest contexts of different texts; the first ``budget.marked`` with their tokens weighed."""
+    """The strongest contexts of different texts; the first ``budget.marked`` with their tokens weighed.
+
+    Without a budget only what the comparison already knows: no weights, no continuations."""
     marked = 0 if budget is None else budget.marked
     chosen: dict[str, Context] = {}
     for context in cluster.contexts:
@@ -112,11 +114,15 @@ def examples(
                 p_successor_in_parent=tidy(scan.p_successor_in_parent[at]),
                 parent_says=parent.decode([scan.top_parent[at]]),
                 p_parent=tidy(scan.p_parent[at]),
-                continuation_successor=successor.decode(greedy(successor, context.ids_successor, CONTINUATION)),
-                continuation_parent=parent.decode(greedy(parent, context.ids_parent, CONTINUATION)),
+                continuation_successor=_continuation(successor, context.ids_successor) if marked else "",
+                continuation_parent=_continuation(parent, context.ids_parent) if marked else "",
             )
         )
     return tuple(out)
+
+
+def _continuation(model: Model, ids: Sequence[int]) -> str:
+    return model.decode(greedy(model, ids, CONTINUATION))
 
 
 def _gapless(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .records import Audit, Behaviour, Finding, Interval, ModelRecord, NotMeasured
+from .records import Audit, Behaviour, Circuit, Finding, Interval, ModelRecord, NotMeasured
 
 VERDICTS = {
     "pass": ("Pass", "Nothing was found that the policy counts against approval."),
@@ -110,6 +110,13 @@ def estimate(value: Interval | NotMeasured | float, unit: str = "share") -> str:
         return f"{shown(value.estimate)}{tail} (one value, no interval)"
     low, high = shown(value.low), shown(value.high)
     return f"{shown(value.estimate)}{tail} ({100 * value.level:g} % interval {low} to {high}, n = {value.n:,})"
+
+
+def controls(circuit: Circuit) -> str:
+    """How many of the matched random sets do as well as the circuit."""
+    own = circuit.reversion if isinstance(circuit.reversion, Interval) else circuit.ablation
+    as_good = sum(value >= own.low for value in circuit.controls) if isinstance(own, Interval) else 0
+    return f"{as_good} of {count(len(circuit.controls), 'random set')} close as much"
 
 
 def count(things: int, name: str) -> str:

@@ -191,7 +191,7 @@ class Example(Record):
     parent_says: str
     p_parent: float
     continuation_successor: str
-    """What the successor goes on to write, greedy."""
+    """What the successor goes on to write, greedy; empty for behaviours below the policy."""
     continuation_parent: str
 
 

@@ -179,6 +179,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "controls": phrases.controls,
         "number": phrases.number,
         "share": _share,
         "estimate": _estimate,

@@ -149,7 +149,7 @@ def _circuit(case: phrases.Case) -> str:
     checked = "confirmed by intervention" if it.confirmed else "not confirmed by intervention"
     names = ", ".join(it.selected[:6]) + (f" and {len(it.selected) - 6} more" if len(it.selected) > 6 else "")
     closes = phrases.estimate(it.reversion if it.method == "parent" else it.ablation)
-    return f"{names}; {checked}; closes {closes}, random sets at most {phrases.share(it.control_high)}"
+    return f"{names}; {checked}; closes {closes}, {phrases.controls(it)}"
 
 
 def _readouts(audit: Audit) -> str:
