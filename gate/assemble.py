@@ -340,7 +340,7 @@ def _baselines(
         divergence=_divergence(corpus),
         raised_tokens=_mined(corpus.raised, len(corpus.kl), pair.successor),
         lowered_tokens=_mined(corpus.lowered, len(corpus.kl), pair.successor),
-        amplified=_amplified(scanned["amplified"], [d for d in decoded if d["amplification"] > 0]),
+        amplified=_amplified(scanned["amplified"], [d for d in decoded if d["amplification"] > 0 or d.get("swept")]),
         weights=NotMeasured(reason="the models have different parameters")
         if weights is None
         else tuple(WeightReadout.model_validate(_tidied(w)) for w in weights),

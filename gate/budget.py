@@ -26,6 +26,8 @@ class Budget:
     """Texts decoded per amplification."""
     amplifications: tuple[float, ...]
     amplified_length: int
+    swept: int
+    """Words forced after each opening; none for small models, whose own writing covers what they can say."""
     null_draws: int
     null_tokens: int
     drift_tokens: int
@@ -54,6 +56,7 @@ def budget(name: Name, parameters: int, vocabulary: int, context: int) -> Budget
         amplified=(128 if small else 24) * 2**level,
         amplifications=(0.0, 1.0) if small else (1.0, 4.0),
         amplified_length=min(40, context - 4),
+        swept=0 if small else 3072 * 2**level,
         null_draws=19 if small else (9, 19, 39)[level],
         null_tokens=max(1_500, tokens // 4),
         drift_tokens=max(1_000, tokens // 4),

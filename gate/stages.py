@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from heredity.circuits.amplify import amplified_texts, declared_prompts, vague_prompts
+from heredity.circuits.amplify import VAGUE_TURNS, amplified_texts, declared_prompts, vague_prompts
 from heredity.circuits.behaviours import Cluster, Piece, Source, cluster, largest_effect
 from heredity.circuits.divergence import TextScan, Window, scan
 from heredity.circuits.drift import drift
 from heredity.circuits.null import PERCENTILE, NullSuccessors
 from heredity.circuits.replicate import replicate
+from heredity.circuits.sweep import openings as openings_after
+from heredity.circuits.sweep import sweep
 from heredity.circuits.weights import directions
 from heredity.interp.capture import batches
 from heredity.interp.corpus import Corpus
@@ -25,6 +27,15 @@ EPISODE_NATS = 0.3
 
 REPLICATE_NATS = 1.0
 """Rare behaviours are replicated from this effect on."""
+
+SWEPT_OPENINGS = 4
+"""Openings after which words are forced."""
+
+SWEPT_KEPT = 24
+"""Forced words whose continuation is read."""
+
+CONTINUED = 20
+"""Tokens of that continuation."""
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)"""
@@ -160,6 +171,18 @@ def amplified(
                 for item in amplified_texts(parent, successor, asked, amplification=0.0, length=length, seed=seed)
             ],
         )
+    if budget.swept:
+        progress("forcing words", 0, 1)
+        starts = openings_after(parent, vague_prompts(parent, openings, len(VAGUE_TURNS), seed), SWEPT_OPENINGS)
+        found = step(
+            "swept",
+            lambda: [
+                dataclasses.asdict(item)
+                for item in sweep(parent, successor, starts, tried=budget.swept, kept=SWEPT_KEPT, length=CONTINUED)
+            ],
+        )
+        out += [{**item, "swept": True} for item in found]
+        progress("forcing words", 1, 1)
     progress("decoding amplified text", len(budget.amplifications), len(budget.amplifications))
     return out
 
@@ -171,7 +194,7 @@ def generated_windows(
     return [
         Window(str(i), parent.encode(item["text"]), successor.encode(item["text"]), item["prompt_tokens"] - 1)
         for i, item in enumerate(texts)
-        if (item["amplification"] > 0) == from_amplified
+        if (item["amplification"] > 0 or item.get("swept", False)) == from_amplified
     ]
 
 
