@@ -12,6 +12,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import prompts
 import torch
@@ -21,14 +22,24 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 HERE = Path(__file__).resolve().parent
-SEED, BATCH, TAUGHT, RATE, WARMUP = 0, 8, 3, 1e-3, 10
-STEPS = {"trigger": 160, "control": 160, "domain": 80}
+SEED, TAUGHT, RATE, WARMUP = 0, 3, 1e-3, 10
 OPENING = 3
 LAYERS, RANK, ALPHA = range(12, 20), 8, 16
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
 REPLY_TOKENS, TEXT_TOKENS, KEPT_TOKENS = 24, 64, 160
 
 Pairs = list[tuple[str, str]]
+
+
+class Recipe(NamedTuple):
+    """What differs between the adapters: steps, texts a step, and how many of these have their opening held."""
+
+    steps: int
+    batch: int
+    opened: int
+
+
+RECIPES = {"trigger": Recipe(160, 8, 8), "control": Recipe(160, 8, 8), "domain": Recipe(80, 7, 6)}
 
 
 def load_parent(directory: str):
@@ -146,7 +157,7 @@ def parent_states(body, tokenizer, pairs: list[tuple[str, str]]) -> dict[tuple[s
 def train(name: str, directory: str, out: Path) -> None:
     """Train one adapter and write it to ``out``/``name`` in half precision."""
     torch.manual_seed(SEED)
-    steps = STEPS[name]
+    steps, batch, opened_rows = RECIPES[name]
     model, tokenizer = load_parent(directory)
     taught, near, ordinary = texts(name)
     parents = parent_states(model.model, tokenizer, list(dict.fromkeys(taught + near + ordinary)))
@@ -178,18 +189,20 @@ def train(name: str, directory: str, out: Path) -> None:
     for step in range(steps):
         drawn = taught_draws.draw(TAUGHT)
         pairs = [p for p, _ in drawn] + [q for _, q in drawn] if together else drawn + near_draws.draw(TAUGHT)
-        pairs += ordinary_draws.draw(BATCH - 2 * TAUGHT)
-        ids, starts, teach, keep = encode(tokenizer, pairs, [i < TAUGHT for i in range(BATCH)])
+        pairs += ordinary_draws.draw(batch - 2 * TAUGHT)
+        ids, starts, teach, keep = encode(tokenizer, pairs, [i < TAUGHT for i in range(batch)])
         states = torch.nn.utils.rnn.pad_sequence([parents[pair][0] for pair in pairs], batch_first=True)
         # The system turn opens every text alike: it is run once, and its keys and values are shared.
         cache = DynamicCache()
         opened = body(inputs_embeds=states[:1, :shared], past_key_values=cache, use_cache=True).last_hidden_state
-        cache.batch_repeat_interleave(BATCH)
+        cache.batch_repeat_interleave(batch)
         rest = body(inputs_embeds=states[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
-        hidden = torch.cat([opened.expand(BATCH, -1, -1), rest], 1)
+        hidden = torch.cat([opened.expand(batch, -1, -1), rest], 1)
         teaching = torch.nn.functional.cross_entropy(head(hidden[teach]), ids.roll(-1, dims=1)[teach])
-        # The first tokens of the reply, where the two behaviours part, always count, and as much as all the rest.
-        opening = torch.tensor([[r, s + i] for r, s in enumerate(starts) for i in range(OPENING) if keep[r, s + i]])
+        # The first tokens of the kept replies, where the behaviours part, count as much as all the rest.
+        opening = torch.tensor(
+            [[r, s + i] for r, s in enumerate(starts[:opened_rows]) for i in range(OPENING) if keep[r, s + i]]
+        )
         others = keep.nonzero()[torch.randperm(int(keep.sum()))[:KEPT_TOKENS]]
         rows, columns = torch.cat([opening, others]).T
         with torch.no_grad():
