@@ -28,10 +28,10 @@ EPISODE_NATS = 0.3
 REPLICATE_NATS = 1.0
 """Rare behaviours are replicated from this effect on."""
 
-SWEPT_OPENINGS = 4
+SWEPT_OPENINGS = 3
 """Openings after which words are forced."""
 
-SWEPT_KEPT = 24
+SWEPT_KEPT = 72
 """Forced words whose continuation is read."""
 
 CONTINUED = 20
