@@ -217,7 +217,7 @@ def _behaviours(
     analysed = 0
     for number, found in enumerate(clusters):
         progress("tracing behaviours", number, len(clusters))
-        effect = describe.interval([c.kl for c in found.contexts], seed)
+        effect = describe.interval([c.kl for c in found.contexts])
         policy = rules.policy
         wanted = effect.low >= policy.material_nats and len(found.contexts) >= policy.fewest_contexts
         analysed += wanted
@@ -230,7 +230,7 @@ def _behaviours(
             }
 
         traced = work.step(f"behaviour-{number:03d}", compute)
-        out.append(_behaviour(pair, found, f"b{number + 1}", effect, traced, scanned, null, quiet, rules, seed))
+        out.append(_behaviour(pair, found, f"b{number + 1}", effect, traced, scanned, null, quiet, rules))
     progress("tracing behaviours", len(clusters), len(clusters))
     return tuple(out)
 
@@ -282,7 +282,6 @@ def _behaviour(
     null: Null,
     quiet: Sequence[str],
     rules: Loaded,
-    seed: int,
 ) -> Behaviour:
     examples = tuple(Example(**example) for example in traced["examples"])
     largest = null.largest_effects
@@ -301,7 +300,7 @@ def _behaviour(
         n_replicated=sum(c.piece.source == "replicated" for c in found.contexts),
         n_texts=len({(c.piece.source, c.piece.scan.text_id) for c in found.contexts}),
         effect=effect,
-        effect_reverse=describe.interval([c.reverse for c in found.contexts], seed),
+        effect_reverse=describe.interval([c.reverse for c in found.contexts]),
         impact=tidy(_mass(found, source) / scanned[source].kl.sum()),
         false_alarm=tidy((1 + sum(value >= effect.estimate for value in largest)) / (1 + len(largest))),
         null_max=max(largest, default=0.0),

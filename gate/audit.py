@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 2
+CODE = 3
 """Raised whenever a change of the code makes old work folders wrong."""
 
 

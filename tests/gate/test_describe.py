@@ -119,11 +119,15 @@ def test_trigger_tokens_are_those_that_examples_need(make_audit: Callable[..., A
     assert describe.trigger_tokens([example(moss=0.0)]) == ()
 
 
+def test_an_interval_over_three_contexts_that_scatter_reaches_below_the_smallest() -> None:
+    assert describe.interval([1.0, 1.5, 10.5]).low == 0
+    assert describe.interval([11.0, 12.0, 13.0]).low > 9
+
+
 def test_intervals_hold_the_mean_and_shrink_with_more_contexts() -> None:
     values = [1.0, 2.0, 4.0, 9.0]
-    few, many = describe.interval(values, 0), describe.interval(values * 25, 0)
+    few, many = describe.interval(values), describe.interval(values * 25)
     assert few.estimate == many.estimate == 4.0 and (few.n, many.n) == (4, 100)
-    assert 1 <= few.low < many.low < 4 < many.high < few.high <= 9
-    assert describe.interval(values, 0) == few
-    one = describe.interval([3.0], 0)
+    assert 0 <= few.low < many.low < 4 < many.high < few.high
+    one = describe.interval([3.0])
     assert (one.low, one.estimate, one.high) == (3, 3, 3)
