@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 3
+CODE = 4
 """Raised whenever a change of the code makes old work folders wrong."""
 
 
@@ -91,6 +91,7 @@ def run(request: Request, progress: "Progress") -> Audit:
         max(parent.n_params, successor.n_params),
         max(parent.shape.d_vocab, successor.shape.d_vocab),
         min(parent.shape.n_ctx, successor.shape.n_ctx),
+        given=given is not None,
     )
     if sizes.small:
         # Tiny matrices: a second thread costs more to wake than it saves.

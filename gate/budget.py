@@ -28,6 +28,9 @@ class Budget:
     amplified_length: int
     swept: int
     """Words forced after each opening; none for small models, whose own writing covers what they can say."""
+    replicate: bool
+    """Try rare behaviours again in other text: for text that people wrote. In text that a model wrote, a rare context
+    is mostly one that no model was trained on, and stays one behind other text."""
     null_draws: int
     null_tokens: int
     drift_tokens: int
@@ -42,8 +45,9 @@ class Budget:
     """Examples whose tokens are replaced one by one."""
 
 
-def budget(name: Name, parameters: int, vocabulary: int, context: int) -> Budget:
-    """The sizes for models of ``parameters`` parameters, ``vocabulary`` tokens and ``context`` positions."""
+def budget(name: Name, parameters: int, vocabulary: int, context: int, *, given: bool) -> Budget:
+    """The sizes for models of ``parameters`` parameters, ``vocabulary`` tokens and ``context`` positions, on a corpus
+    that was ``given`` or else sampled from the parent."""
     level = ("quick", "standard", "thorough").index(name)
     small = parameters < 5_000_000
     tokens = int(min(40_000 * 3**level, max(4_000, _WORK[name] / parameters)))
@@ -57,6 +61,7 @@ def budget(name: Name, parameters: int, vocabulary: int, context: int) -> Budget
         amplifications=(0.0, 1.0) if small else (1.0, 4.0),
         amplified_length=min(40, context - 4),
         swept=0 if small else 3072 * 2**level,
+        replicate=given,
         null_draws=19 if small else (9, 19, 39)[level],
         null_tokens=max(1_500, tokens // 4),
         drift_tokens=max(1_000, tokens // 4),

@@ -208,8 +208,11 @@ def behaviours_in(
     seed: int,
 ) -> list[Cluster]:
     """Behaviours among ``pieces``, rare ones replicated in other text; the same steps for the pair and its null."""
+    found = cluster(pieces, EPISODE_NATS)
+    if not budget.replicate:
+        return found
     return replicate(
-        cluster(pieces, EPISODE_NATS),
+        found,
         parent,
         successor,
         carriers,

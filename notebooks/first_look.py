@@ -32,7 +32,7 @@ pieces = [
     Piece("corpus", window.parent, window.successor, found)
     for window, found in zip(windows, scanned.texts, strict=True)
 ]
-edges = [0, 1e-4, 1e-3, 1e-2, 0.1, 1, 10, 20]
+edges = [0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 20.0]
 kl = [value for piece in pieces for value in piece.scan.kl]
 kl_histogram(edges, [sum(a <= value < b for value in kl) for a, b in pairwise(edges)])
 

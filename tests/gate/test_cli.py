@@ -188,7 +188,12 @@ def test_a_name_that_is_no_text_is_refused_in_one_line(shell: Any) -> None:
 
 
 def test_an_interrupt_exits_130_and_says_that_it_resumes(shell: Any, pair: Path) -> None:
-    process, _ = shell.start("audit", f"{pair}/parent", f"{pair}/benign", "--out", "interrupted")
+    # Where the tests themselves run in the background, the signal is ignored and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process, _ = shell.start("audit", f"{pair}/parent", f"{pair}/benign", "--out", "interrupted")
+    finally:
+        signal.signal(signal.SIGINT, before)
     log = shell.cwd / "interrupted" / "run.log"
     while process.poll() is None and not (log.exists() and "loading" in log.read_text()):
         time.sleep(0.02)
