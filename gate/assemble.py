@@ -285,7 +285,7 @@ def _behaviour(
 ) -> Behaviour:
     examples = tuple(Example(**example) for example in traced["examples"])
     largest = null.largest_effects
-    source = next(s for s in ORDER if any(c.piece.source == s for c in found.contexts))
+    source: Natural = next(s for s in ORDER if any(c.piece.source == s for c in found.contexts))
     declared = [
         change.id
         for change in (rules.intent.changes if rules.intent else ())
