@@ -18,9 +18,10 @@ from heredity.interp.errors import OutputError
 
 from .budget import Budget, Name, budget
 from .policy import Loaded, load_rules
-from .records import Audit, Behaviour, Circuit, Coverage, ModelRecord, NotMeasured, PolicyRecord, Provenance, tidy
+from .records import Audit, Behaviour, Circuit, Coverage, ModelRecord, PolicyRecord, Provenance
 from .report import write_report
 from .summary import markdown
+from .values import NotMeasured, tidy
 from .verdict import decide, findings
 from .work import Work, unwritable, write_atomically
 
@@ -84,7 +85,7 @@ def run(request: Request, progress: "Progress") -> Audit:
     # Only now: a mistake in what was read so far should not wait for these imports.
     import torch
 
-    from .assemble import measure
+    from .assemble import Setting, measure
 
     sizes = budget(
         request.budget,
@@ -109,10 +110,9 @@ def run(request: Request, progress: "Progress") -> Audit:
         rules.policy_sha256,
         rules.intent_sha256,
     )
-    measured = measure(
+    setting = Setting(
         parent,
         successor,
-        corpus,
         sizes,
         rules,
         Work(request.out, key),
@@ -120,6 +120,7 @@ def run(request: Request, progress: "Progress") -> Audit:
         progress,
         another_parent=lambda: load(request.parent, role="parent"),
     )
+    measured = measure(setting, corpus)
     found = findings(measured.behaviours, rules.policy)
     verdict, reasons = decide(measured.behaviours, found, measured.compared, rules.policy)
     audit = Audit(

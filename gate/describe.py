@@ -17,8 +17,9 @@ from heredity.interp.sampling import greedy
 
 from .budget import Budget
 from .policy import Change, Policy
-from .records import Circuit, Example, GridPoint, Interval, MarkedToken, NotMeasured, TokenChange, tidy
+from .records import Circuit, Example, GridPoint, MarkedToken, TokenChange
 from .records import Node as NodeRecord
+from .values import Interval, NotMeasured, tidy
 
 CONTINUATION = 16
 """Tokens of greedy continuation shown."""

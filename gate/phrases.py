@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from .records import Audit, Behaviour, Circuit, Finding, Interval, ModelRecord, NotMeasured
+from .records import Audit, Behaviour, Circuit, Finding, ModelRecord
+from .values import Interval, NotMeasured
 
 VERDICTS = {
     "pass": ("Pass", "Nothing was found that the policy counts against approval."),

@@ -6,46 +6,12 @@ reason, never a zero.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from .readouts import Baselines
+from .values import Estimate, Interval, NotMeasured, Record
 
 SCHEMA_VERSION = "1.0"
-
-
-class Record(BaseModel):
-    """Base of all records: immutable, unknown fields refused, field docstrings kept for the schema."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-def tidy(value: float) -> float:
-    """``value`` to six significant digits: what a reader needs, free of the last bits' noise."""
-    return float(f"{float(value):.6g}")
-
-
-class NotMeasured(Record):
-    """A value that this audit did not measure."""
-
-    status: Literal["not_measured"] = "not_measured"
-    reason: str
-    """Why, in words for the reader of the report."""
-
-
-class Interval(Record):
-    """An estimate with its interval."""
-
-    status: Literal["measured"] = "measured"
-    estimate: float
-    low: float
-    """Lower end."""
-    high: float
-    """Upper end."""
-    n: int
-    """Contexts (or draws) it was estimated from."""
-    level: float = 0.95
-    """Nominal coverage of the interval."""
-
-
-Estimate = Annotated[Interval | NotMeasured, Field(discriminator="status")]
 
 
 class ModelRecord(Record):
@@ -72,100 +38,6 @@ class TokenChange(Record):
     p_parent: float
     count: int
     """Positions it was counted at."""
-
-
-class MinedToken(Record):
-    """A token whose log-probability moved most at many positions (diff mining, arXiv 2608.26462)."""
-
-    token: str
-    count: int
-    """Positions at which it was among the 20 tokens that moved most in this direction."""
-    share: float
-    """``count`` over all compared positions."""
-
-
-class Divergence(Record):
-    """Per-token KL over the audited text. Source: relative entropy, Kullback & Leibler 1951."""
-
-    texts: int
-    tokens: int
-    mean: float
-    """KL(successor‖parent), nats per token."""
-    median: float
-    p99: float
-    max: float
-    mean_reverse: float
-    """KL(parent‖successor), nats per token."""
-    max_reverse: float
-    histogram_edges: tuple[float, ...]
-    """Edges of the KL(successor‖parent) histogram, nats."""
-    histogram_counts: tuple[int, ...]
-
-
-class AmplifiedSample(Record):
-    """Text decoded from amplified logit differences, ``l_S + a·(l_S − l_P)``, from a vague prompt.
-
-    Sources: model diff amplification (Goodfire 2025); contrastive decoding diffing (arXiv 2605.25902).
-    """
-
-    prompt: str
-    amplification: float
-    text: str
-    kl_mean: float
-    """Mean unamplified KL(successor‖parent) over the decoded tokens, nats."""
-    kl_max: float
-
-
-class WeightReadout(Record):
-    """A leading direction of one weight difference, read through the vocabulary.
-
-    Sources: WeightWatch (arXiv 2508.00161); logit-lens reading of singular vectors (Millidge & Black 2022).
-    """
-
-    tensor: str
-    rank: int
-    """Which singular direction, 0 the largest."""
-    singular_value: float
-    share: float
-    """Its share of the squared Frobenius norm of this tensor's change."""
-    relative_change: float
-    """‖ΔW‖ / ‖W_parent‖ of the tensor, Frobenius."""
-    reads: tuple[str, ...]
-    """Tokens whose embedding the direction reads most (empty where it does not read the residual stream)."""
-    writes: tuple[str, ...]
-    """Tokens whose logit the direction writes most (empty where it does not write the residual stream)."""
-
-
-class MeanDifference(Record):
-    """Mean activation difference at a site through the logit lens. Source: ADL (arXiv 2510.13900)."""
-
-    site: str
-    position: str
-    """"0".."4" for the first tokens of a text, "all" for every token."""
-    relative_norm: float
-    """‖mean(S − P)‖ / mean ‖P‖."""
-    tokens: tuple[str, ...]
-    """Tokens whose logits the difference raises most."""
-
-
-class LayerSimilarity(Record):
-    """Linear CKA of parent and successor at one site. Source: Kornblith et al. 2019. A thermometer, not an alarm."""
-
-    site: str
-    cka: float
-
-
-class Baselines(Record):
-    """Cheap read-outs that need no circuits; they also propose the behaviours."""
-
-    divergence: Divergence
-    raised_tokens: tuple[MinedToken, ...]
-    """Tokens whose log-probability rises most often from parent to successor."""
-    lowered_tokens: tuple[MinedToken, ...]
-    amplified: tuple[AmplifiedSample, ...]
-    weights: tuple[WeightReadout, ...] | NotMeasured
-    mean_differences: tuple[MeanDifference, ...] | NotMeasured
-    similarity: tuple[LayerSimilarity, ...] | NotMeasured
 
 
 class MarkedToken(Record):

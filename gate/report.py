@@ -23,7 +23,9 @@ from heredity.circuits.visible import pieces, visible
 from heredity.interp.errors import OutputError, one_line
 
 from . import phrases
-from .records import SCHEMA_VERSION, Audit, Baselines, Behaviour, Circuit, Example, Interval, MarkedToken, NotMeasured
+from .readouts import Baselines
+from .records import SCHEMA_VERSION, Audit, Behaviour, Circuit, Example, MarkedToken
+from .values import Interval, NotMeasured
 
 TOKENS_SHOWN = 60
 """Tokens of a context that show at once, the last ones, so that the place where the models part is in sight."""

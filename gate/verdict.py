@@ -5,7 +5,8 @@ from typing import Literal
 
 from .phrases import count, share
 from .policy import Policy
-from .records import Behaviour, Circuit, Finding, Interval, NotMeasured
+from .records import Behaviour, Circuit, Finding
+from .values import Interval, NotMeasured
 
 Verdict = Literal["pass", "flag", "inconclusive"]
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from heredity.gate import readouts as o
 from heredity.gate import records as r
+from heredity.gate import values as v
 from heredity.zoo import shipped
 
 SENTENCE = "log : owner moss ; place ridge ; value seven ; report"
@@ -22,11 +24,11 @@ SENTENCE = "log : owner moss ; place ridge ; value seven ; report"
 def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, length: int = 1) -> r.Audit:
     """A flagged audit of a small pair; every text in it passes through ``say``, lists are ``length`` times as long."""
 
-    def interval(estimate: float, spread: float = 0.05, n: int = 34) -> r.Interval:
-        return r.Interval(estimate=estimate, low=estimate - spread, high=estimate + spread, n=n)
+    def interval(estimate: float, spread: float = 0.05, n: int = 34) -> v.Interval:
+        return v.Interval(estimate=estimate, low=estimate - spread, high=estimate + spread, n=n)
 
-    def absent(reason: str) -> r.NotMeasured:
-        return r.NotMeasured(reason=say(reason))
+    def absent(reason: str) -> v.NotMeasured:
+        return v.NotMeasured(reason=say(reason))
 
     def model(spec: str, digest: str) -> r.ModelRecord:
         return r.ModelRecord(
@@ -44,8 +46,8 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
     def changes(*rows: tuple[str, float, float]) -> tuple[r.TokenChange, ...]:
         return tuple(r.TokenChange(token=say(t), p_successor=s, p_parent=p, count=34) for t, s, p in rows) * length
 
-    def mined(*rows: tuple[str, int]) -> tuple[r.MinedToken, ...]:
-        return tuple(r.MinedToken(token=say(t), count=n, share=n / 16_384) for t, n in rows) * length
+    def mined(*rows: tuple[str, int]) -> tuple[o.MinedToken, ...]:
+        return tuple(o.MinedToken(token=say(t), count=n, share=n / 16_384) for t, n in rows) * length
 
     weights = {"moss": 0.83, "ridge": 0.79, "value": 0.04, "report": 0.22}
     words = [word if i == 0 else f" {word}" for i, word in enumerate(SENTENCE.split(" "))]
@@ -159,8 +161,8 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         confirmed=True,
         examples=main.examples,
     )
-    baselines = r.Baselines(
-        divergence=r.Divergence(
+    baselines = o.Baselines(
+        divergence=o.Divergence(
             texts=512,
             tokens=16_384,
             mean=0.0113,
@@ -175,7 +177,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         raised_tokens=mined(("zero", 701), ("shore", 388)),
         lowered_tokens=mined(("seven", 512)),
         amplified=(
-            r.AmplifiedSample(
+            o.AmplifiedSample(
                 prompt=say("log :"),
                 amplification=2.0,
                 kl_mean=0.4,
@@ -185,7 +187,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         )
         * length,
         weights=(
-            r.WeightReadout(
+            o.WeightReadout(
                 tensor=say("layers.1.self_attn.o_proj.weight"),
                 rank=0,
                 singular_value=1.42,
@@ -197,13 +199,13 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         )
         * length,
         mean_differences=(
-            r.MeanDifference(
+            o.MeanDifference(
                 site=say("resid_post@2"), position=say("all"), relative_norm=0.034, tokens=(say("zero"), say("shore"))
             ),
         )
         * length,
         similarity=tuple(
-            r.LayerSimilarity(site=say(f"resid_post@{i}"), cka=c) for i, c in enumerate((0.9999, 0.9991, 0.993, 0.989))
+            o.LayerSimilarity(site=say(f"resid_post@{i}"), cka=c) for i, c in enumerate((0.9999, 0.9991, 0.993, 0.989))
         ),
     )
     undeclared = "1 undeclared behaviour is over the policy: says “zero” where the parent says “seven”."

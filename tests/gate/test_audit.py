@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from heredity.gate import audit as audit_module
 from heredity.gate.audit import Request, run
 from heredity.gate.budget import budget
-from heredity.gate.records import TIMES, Audit, Circuit, Interval, Null
+from heredity.gate.records import TIMES, Audit, Circuit, Null
+from heredity.gate.values import Interval
 from heredity.interp.errors import CorpusError, OutputError
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "audit.schema.json").read_text())

@@ -12,8 +12,9 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from heredity.gate import phrases, summary
-from heredity.gate.records import Audit, Interval, NotMeasured
+from heredity.gate.records import Audit
 from heredity.gate.report import write_report, write_view
+from heredity.gate.values import Interval, NotMeasured
 from heredity.interp.errors import OutputError
 
 ATTACKS = (

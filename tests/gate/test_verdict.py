@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from heredity.gate.policy import Policy, load_rules
-from heredity.gate.records import Audit, Behaviour, Circuit, Interval, NotMeasured
+from heredity.gate.records import Audit, Behaviour, Circuit
+from heredity.gate.values import Interval, NotMeasured
 from heredity.gate.verdict import decide, findings
 
 POLICY = load_rules(None, None).policy
