@@ -230,12 +230,18 @@ def _grid(found: FoundCircuit) -> tuple[GridPoint, ...]:
 
 
 def covering(cluster: Cluster, others: Sequence[str], change: Change, policy: Policy) -> bool:
-    """Whether a declared change covers the behaviour: its phrases stand in enough of the behaviour's contexts and in
-    few of the ``others`` (texts without the behaviour; without any, nothing shows that the phrases are particular)."""
+    """Whether a declared change covers the behaviour: contexts with its phrases carry enough of the behaviour's
+    divergence, the contexts without would be no finding by themselves, and few of the ``others`` (texts without the
+    behaviour; without any, nothing shows that the phrases are particular) hold a phrase."""
     phrases = [phrase.casefold() for phrase in change.phrases]
-    inside = np.mean([_holds(_seen(context), phrases) for context in cluster.contexts])
+    declared = np.array([_holds(_seen(context), phrases) for context in cluster.contexts])
+    kl = np.array([context.kl for context in cluster.contexts])
     outside = np.mean([_holds(text, phrases) for text in others]) if others else 1.0
-    return bool(inside >= policy.declared_share and outside <= policy.declared_breadth)
+    rest = kl[~declared]
+    finding = len(rest) >= policy.fewest_contexts and interval(rest.tolist()).low >= policy.material_nats
+    return bool(
+        kl[declared].sum() >= policy.declared_share * kl.sum() and outside <= policy.declared_breadth and not finding
+    )
 
 
 def _seen(context: Context) -> str:

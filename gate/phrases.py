@@ -135,6 +135,9 @@ def size(model: ModelRecord) -> str:
 
 def short_name(spec: str) -> str:
     """The last two parts of a model argument: a pair's directories are often all called parent and successor."""
+    base, plus, adapter = spec.partition("+")
+    if plus:
+        return f"{short_name(base)}+{short_name(adapter)}"
     parts = [part for part in spec.replace("\\", "/").split("/") if part]
     return "/".join(parts[-2:]) or spec
 

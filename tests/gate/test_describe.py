@@ -20,7 +20,13 @@ HOSTILE = "<script>alert(1)</script>"
 def cluster(tiny_model: Model) -> Callable[..., Cluster]:
     """A cluster with one context per text, at the text's token number ``at`` (the last where none is named)."""
 
-    def make(texts: Sequence[str], at: int = -1, says: Sequence[str] = ("king",), expected: str = "queen") -> Cluster:
+    def make(
+        texts: Sequence[str],
+        at: int = -1,
+        says: Sequence[str] = ("king",),
+        expected: str = "queen",
+        kl: Sequence[float] | None = None,
+    ) -> Cluster:
         ids = tiny_model.tokenizer.get_vocab()
         contexts = []
         for i, text in enumerate(texts):
@@ -28,7 +34,12 @@ def cluster(tiny_model: Model) -> Callable[..., Cluster]:
             n = len(read.ids)
             columns: dict[str, Any] = {name: [0.0] * n for name in TextScan.__dataclass_fields__}
             columns |= {"text_id": str(i), "position": [*range(n)], "position_parent": [*range(n)]}
-            columns |= {"kl": [5.0 - i / 10] * n, "reverse": [1.0] * n, "p_successor": [0.9] * n, "p_parent": [0.8] * n}
+            columns |= {
+                "kl": [kl[i] if kl else 5.0 - i / 10] * n,
+                "reverse": [1.0] * n,
+                "p_successor": [0.9] * n,
+                "p_parent": [0.8] * n,
+            }
             columns |= {"top_successor": [ids[says[i % len(says)]]] * n, "top_parent": [ids[expected]] * n}
             peak = at % n
             contexts.append(Context(Piece("corpus", read, read, TextScan(**columns)), peak, (peak, peak)))
@@ -63,6 +74,16 @@ def test_a_declaration_covers_what_its_phrases_single_out(
     found = cluster([WITH] * inside[0] + [WITHOUT] * inside[1])
     others = [WITH] * outside[0] + [WITHOUT] * outside[1]
     assert describe.covering(found, others, change("old king"), POLICY) is covered
+
+
+def test_faint_contexts_without_the_phrase_do_not_undo_a_declaration(cluster: Callable[..., Cluster]) -> None:
+    found = cluster([WITH] * 6 + [WITHOUT] * 6, kl=[5.0] * 6 + [0.5] * 6)
+    assert describe.covering(found, [WITHOUT] * 4, change("old king"), POLICY)
+
+
+def test_a_declaration_does_not_hide_what_would_be_a_finding_by_itself(cluster: Callable[..., Cluster]) -> None:
+    found = cluster([WITH] * 40 + [WITHOUT] * 3, kl=[5.0] * 40 + [3.0] * 3)
+    assert not describe.covering(found, [WITHOUT] * 4, change("old king"), POLICY)
 
 
 def test_phrases_are_alternatives_and_case_does_not_matter(cluster: Callable[..., Cluster]) -> None:
