@@ -28,12 +28,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class _Bare(MetaPathFinder):
-    """Loads ``gpu`` modules without argument checks: Triton needs a kernel's own globals, not those of a wrapper."""
+    """Loads ``*gpu`` modules without argument checks: Triton needs a kernel's own globals, not those of a wrapper."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.startswith("heredity.kernels.") and fullname.endswith(".gpu"):
+        if fullname.startswith("heredity.kernels.") and fullname.endswith("gpu"):
             return PathFinder.find_spec(fullname, path, target)
         return None
 
@@ -113,13 +113,18 @@ def compiled() -> Callable[..., Resources]:
 
 
 def _compile(
-    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], num_warps: int = 4, num_stages: int = 3
+    kernel: Any,
+    signature: dict[str, str | tuple[str | int, ...]],
+    constexprs: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
 ) -> Resources:
     """Resources of ``kernel``, a function under ``triton.jit``.
 
     Types are spelled ``*bf16``, ``*fp32``, ``i32``, ``i64``, ``fp32``; pointers are taken as aligned to 16 bytes, as
-    torch allocates them, and so is an integer as ``i32:16`` a multiple of 16. Together, ``signature`` and ``constexprs``
-    name every argument; a pointer that is not given is the constexpr None, and an integer 1 the constexpr 1.
+    torch allocates them, and so is an integer as ``i32:16`` a multiple of 16. A tuple holds types and constants. The
+    two together name every argument; a pointer that is not given is the constexpr None, and an integer 1 the constexpr
+    1, as at a real launch.
     """
     import triton
     from triton import knobs
@@ -128,11 +133,22 @@ def _compile(
 
     names = kernel.arg_names
     assert set(names) == set(signature) | set(constexprs), set(names) ^ (set(signature) | set(constexprs))
-    types = {name: signature[name].partition(":")[0] if name in signature else "constexpr" for name in names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    constants: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in constexprs.items()}
+    attrs = {}
+
+    def typed(kind: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(kind, tuple):
+            return tuple(typed(each, (*path, i)) for i, each in enumerate(kind))
+        if not isinstance(kind, str):
+            constants[path] = kind
+            return "constexpr"
+        if kind.startswith("*") or kind.endswith(":16"):
+            attrs[path] = [["tt.divisibility", 16]]
+        return kind.partition(":")[0]
+
+    types = {name: typed(signature[name], (i,)) if name in signature else "constexpr" for i, name in enumerate(names)}
     done = triton.compile(
-        ASTSource(kernel, types, constexprs, attrs),
+        ASTSource(kernel, types, constants, attrs),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
