@@ -21,6 +21,9 @@ from ..worklist import worklist
 TILES = (16, 32, 64)
 """Edges of a tile of scores: nodes of one position by gradients."""
 
+DEPTH = 128
+"""Bytes of a row that are multiplied at a time."""
+
 
 def attribute(gradients: Sequence[Tensor], features: FeatureCSR, decoders: Sequence[Tensor]) -> Tensor:
     """See :mod:`heredity.kernels.attribute.reference`, which defines it."""
@@ -46,9 +49,9 @@ def attribute(gradients: Sequence[Tensor], features: FeatureCSR, decoders: Seque
                 WIDTH=decoder.shape[1],
                 BATCH=batch,
                 NODES=nodes,
-                DEPTH=128 // dtype.itemsize,
+                DEPTH=DEPTH // dtype.itemsize,
                 UPCAST=knobs.runtime.interpret,
-                num_warps=4,
+                num_warps=warps(batch, nodes),
                 num_stages=3,
             )
     assert scores is not None
@@ -58,6 +61,11 @@ def attribute(gradients: Sequence[Tensor], features: FeatureCSR, decoders: Seque
 def _tile(size: int) -> int:
     """The smallest tile that holds ``size``, or the largest."""
     return next((tile for tile in TILES if tile >= size), TILES[-1])
+
+
+def warps(batch: int, nodes: int) -> int:
+    """Enough for a tile that no register is spilled."""
+    return 8 if batch * nodes > 1024 else 4
 
 
 @triton.jit
