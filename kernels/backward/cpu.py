@@ -10,6 +10,7 @@ from ..features import FeatureCSR
 from . import reference
 from .gradients import Gradients
 
+
 def backward(
     features: FeatureCSR,
     active: Tensor | None,
@@ -42,9 +43,9 @@ def backward(
 
 
 def products(features: FeatureCSR, left: Tensor, right: Tensor) -> Tensor:
-    """``left[token] · right[latent]`` of every activation, [N], in at least float32; ``left`` is [T, D], ``right`` [F, D]."""
+    """``left[token] · right[latent]`` of every activation, [N], in at least float32, from [T, D] and [F, D]."""
     precise = torch.promote_types(left.dtype, torch.float32)
-    # The gradient of `embedding_bag` with respect to its weights is this very product; nothing public computes it alone.
+    # The gradient of `embedding_bag` with respect to its weights is this very product. Nothing public is it alone.
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward
     offsets = features.indptr[:-1]
     return product(left.to(precise), right.to(precise), features.indices.long(), offsets, features.tokens, 0)

@@ -34,8 +34,8 @@ MOST_PIECES = 4096
 ROWS = 8
 """Activations in flight per program."""
 
-COLUMNS = 256
-"""Width of a slab."""
+SLAB = 512
+"""Bytes of a row in a slab: a warp's widest load."""
 
 
 def backward(
@@ -158,16 +158,16 @@ def _launch(
         *(n_latents, *strides),
         WIDTH=width,
         ROWS=ROWS,
-        COLUMNS=COLUMNS,
+        COLUMNS=SLAB // grad.dtype.itemsize,
         num_warps=4,
     )
-    n_divided = len(pieces.divided)
+    n_divided, columns = len(pieces.divided), SLAB // torch.float32.itemsize
     if outs is not None and n_divided:
-        add_pieces[(n_divided, -(-width // COLUMNS))](
+        add_pieces[(n_divided, -(-width // columns))](
             *(pieces.divided, pieces.slots, *put_by, *outs, n_latents),
             WIDTH=width,
             ROWS=ROWS,
-            COLUMNS=COLUMNS,
+            COLUMNS=columns,
             num_warps=4,
         )
 

@@ -26,7 +26,8 @@ def decode(
 ) -> Tensor | list[Tensor]:
     """Each token's sum of decoder rows times activations, plus a bias.
 
-    NaN and infinity in the inputs reach the outputs that depend on them.
+    NaN and infinity are not looked for: they reach every output that depends on them, and, where the dense product is
+    chosen, others too.
 
     Args:
         features: T tokens on F latents.

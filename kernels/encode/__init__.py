@@ -31,7 +31,7 @@ def encode(
         b_enc: [F].
         activation: which pre-activations are kept.
         latents: int64 [m], different latents; only these take part in selection. Ids in the result are the original.
-        norm: [F]; TopK and BatchTopK select by pre-activation times this (a crosscoder's Σ‖d‖), values stay as they are.
+        norm: [F]; TopK and BatchTopK select by pre-activation times this (a crosscoder's Σ‖d‖); values are as without.
         impl: ``cpu``, ``triton`` or ``reference``; see :mod:`heredity.kernels.dispatch`.
 
     Raises:
@@ -103,9 +103,10 @@ def _some(
     ids = latents.sort().values
     if len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= n_latents or bool((ids.diff() == 0).any())):
         raise ValueError(f"latents must be different numbers in [0, {n_latents})")
-    check.activation(activation, len(ids))
     if isinstance(activation, JumpReLU) and isinstance(activation.threshold, Tensor):
+        check.shaped(activation.threshold, "JumpReLU.threshold", n_latents)
         activation = JumpReLU(activation.threshold[ids], activation.bandwidth)
+    check.activation(activation, len(ids))
     vectors = [None if vector is None else vector[ids] for vector in (bias, norm)]
     found = run(xs, [weight[:, ids] for weight in weights], vectors[0], activation, vectors[1], 0.0, impl=impl)
     return FeatureCSR(found.indptr, ids[found.indices.long()].int(), found.values, n_latents)

@@ -48,7 +48,11 @@ def encode(
         blocks = []
         for first in range(0, n_tokens, TOKENS):
             rows = slice(first, min(first + TOKENS, n_tokens))
-            block = _top(tiles, rows, activation.k) if isinstance(activation, TopK) else _above(tiles, rows, activation, window)
+            block = (
+                _top(tiles, rows, activation.k)
+                if isinstance(activation, TopK)
+                else _above(tiles, rows, activation, window)
+            )
             blocks.append(block._replace(rows=block.rows + first))
         found = _joined(blocks, xs[0])
     counts = torch.bincount(found.rows, minlength=n_tokens)
@@ -98,10 +102,7 @@ class _Tiles:
         stride = self.flags.shape[1]
         flags = self.flags[:n_rows]
         flags[:, width:] = False
-        if isinstance(floor, Tensor):
-            torch.gt(score, floor, out=flags[:, :width])
-        else:
-            torch.gt(score, floor, out=flags[:, :width])
+        torch.gt(score, floor, out=flags[:, :width])
         words = flags.view(torch.int64).view(-1).nonzero().squeeze(1)
         word, place = flags.view(-1, WORD)[words].nonzero(as_tuple=True)
         flat = words[word] * WORD + place
@@ -207,7 +208,7 @@ def _best_of_all(found: Found, count: int) -> Found:
 
 
 def _by_row(parts: list[Found], n_rows: int, like: Tensor) -> Found:
-    """Parts with ascending latents, each row by row, as one such part: every entry is put where it belongs, unsorted."""
+    """Parts with ascending latents, each row by row, as one such part. No sorting: each entry's place is known."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
@@ -217,9 +218,7 @@ def _by_row(parts: list[Found], n_rows: int, like: Tensor) -> Found:
     inside = counts.cumsum(0) - counts
     joined = _joined(parts, like)
     shift = (ends - counts - inside).T
-    places = [
-        torch.arange(len(part.rows)) + shift[i][part.rows] for i, part in enumerate(parts)
-    ]
+    places = [torch.arange(len(part.rows)) + shift[i][part.rows] for i, part in enumerate(parts)]
     place = torch.cat(places)
     return Found(*(torch.empty_like(column).index_put_((place,), column) for column in joined))
 
