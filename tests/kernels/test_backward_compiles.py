@@ -13,13 +13,13 @@ PUT_BY = ("put_by_decoder", "put_by_weight", "put_by_bias")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("given", ["both", "decoder", "x"])
 def test_backward_piece(given: str, dtype: str, width: int, compiled: Callable[..., Any]) -> None:
-    from heredity.kernels.backward.gpu import COLUMNS, ROWS, backward_piece
+    from heredity.kernels.backward.gpu import ROWS, SLAB, backward_piece
 
     stride = "i32:16" if width % 16 == 0 else "i32"
     signature = dict.fromkeys(("group", "start", "end", "slot", "order", "tokens"), "*i64")
     signature |= {"values": f"*{dtype}", "active": "*i1", "da": "*fp32", "grad": f"*{dtype}", "n_latents": "i32"}
     signature |= dict.fromkeys(("grad_stride", "x_stride", "decoder_stride"), stride)
-    constants: dict[str, Any] = {"WIDTH": width, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    constants: dict[str, Any] = {"WIDTH": width, "ROWS": ROWS, "COLUMNS": SLAB // (4 if dtype == "fp32" else 2)}
     of_sums = dict.fromkeys(("x", *SUMS), f"*{dtype}") | dict.fromkeys(PUT_BY, "*fp32")
     if given == "decoder":
         constants |= dict.fromkeys(of_sums)
@@ -37,10 +37,10 @@ def test_backward_piece(given: str, dtype: str, width: int, compiled: Callable[.
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_add_pieces(dtype: str, compiled: Callable[..., Any]) -> None:
-    from heredity.kernels.backward.gpu import COLUMNS, ROWS, add_pieces
+    from heredity.kernels.backward.gpu import ROWS, SLAB, add_pieces
 
     signature = {"divided": "*i64", "slots": "*i64", "n_latents": "i32"}
     signature |= dict.fromkeys(PUT_BY, "*fp32") | dict.fromkeys(SUMS, f"*{dtype}")
-    used = compiled(add_pieces, signature, {"WIDTH": 2304, "ROWS": ROWS, "COLUMNS": COLUMNS}, num_warps=4)
+    used = compiled(add_pieces, signature, {"WIDTH": 2304, "ROWS": ROWS, "COLUMNS": SLAB // 4}, num_warps=4)
     assert used.spilled == 0
     assert used.registers <= 128

@@ -87,9 +87,10 @@ def test_options(masked: bool, want_x: bool, device: str) -> None:
     assert (run(*changed(args, device=device), impl="triton").xs is None) == (not want_x)
 
 
-def test_latents_of_several_pieces(device: str) -> None:
+def test_latents_of_several_pieces(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two latents active at more tokens than one program takes, amid others."""
-    n_tokens = gpu.PIECE + 30
+    monkeypatch.setattr(gpu, "PIECE", 16)
+    n_tokens = 50
     features, _, *rest = case(n_tokens, [40, 6], 7, 0.02)
     dense = features.to_dense()
     dense[:, 2] = normal(n_tokens, seed=9).abs() + 0.1
