@@ -16,7 +16,7 @@ from .backward import run as backward
 from .decode import run as decode
 from .encode import fitting, refuse_nonfinite
 from .encode import run as encode
-from .features import FeatureCSR
+from .features import FeatureCSR, starts
 
 
 class Autoencoded(NamedTuple):
@@ -135,8 +135,7 @@ def _forward(
     if threshold is not None:
         on = _active(stored, threshold)
         counts = torch.zeros_like(stored.indptr[1:]).index_add_(0, stored.tokens, on.long())
-        indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        features = FeatureCSR(indptr, stored.indices[on], stored.values[on], stored.n_latents)
+        features = FeatureCSR(starts(counts), stored.indices[on], stored.values[on], stored.n_latents)
     offsets: list[Tensor | None] = [*biases] if biases else [None] * len(decoders)
     reconstructions, _ = decode(features, list(decoders), offsets, None)
     shown = [features.indptr, features.indices, features.values, features.indptr.diff().to(features.dtype)]

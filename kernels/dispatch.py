@@ -7,7 +7,7 @@ Whoever can't serve a call has a reason, so that a surprise (a GPU that is not u
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -37,7 +37,7 @@ class Op:
     tensor: Callable[..., Tensor]
 
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
-        """Run the op.
+        """Run the op, recording no gradients.
 
         Raises:
             ValueError: the implementation asked for does not exist or can't serve this call.
@@ -49,8 +49,11 @@ class Op:
             raise ValueError(f"{self.name} has no implementation {chosen!r}; there are {', '.join(reasons)}")
         if reason := reasons[chosen]:
             raise ValueError(f"{self.name}: implementation {chosen!r} can't serve this call: {reason}")
-        module = import_module(f".{_MODULES[chosen]}", self.package)
-        return getattr(module, self.name)(*args)
+        function = getattr(import_module(f".{_MODULES[chosen]}", self.package), self.name)
+        device = self.tensor(*args).device
+        # Triton launches on the current device, wherever its tensors are.
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return function(*args)
 
     def explain(self, *args: Any) -> dict[str, str | None]:
         """Per implementation, why it can't serve this call, or None."""

@@ -107,7 +107,7 @@ class FeatureCSR:
         """Ordered by latent; computed once."""
         indices, order = torch.sort(self.indices, stable=True)
         counts = torch.bincount(indices, minlength=self.n_latents)
-        return LatentView(_starts(counts), self.tokens[order], order)
+        return LatentView(starts(counts), self.tokens[order], order)
 
     def with_values(self, values: Tensor) -> "FeatureCSR":
         """The same places holding ``values`` [N]; what was computed about the places is kept."""
@@ -147,7 +147,7 @@ class FeatureCSR:
             raise ValueError(f"parts have different numbers of latents: {sorted(sizes)}")
         counts = torch.cat([part.indptr.diff() for part in parts])
         indices, values = torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
-        return cls(_starts(counts), indices, values, parts[0].n_latents)
+        return cls(starts(counts), indices, values, parts[0].n_latents)
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> "FeatureCSR":
@@ -156,7 +156,7 @@ class FeatureCSR:
             raise ValueError(f"dense must be [tokens, latents], not {list(dense.shape)}")
         tokens, latents = dense.nonzero(as_tuple=True)
         counts = torch.bincount(tokens, minlength=dense.shape[0])
-        return cls(_starts(counts), latents.int(), dense[tokens, latents], dense.shape[1])
+        return cls(starts(counts), latents.int(), dense[tokens, latents], dense.shape[1])
 
     def to_dense(self) -> Tensor:
         """[T, F], zero where nothing is stored. Takes T·F memory; differentiable in the values."""
@@ -179,7 +179,7 @@ class FeatureCSR:
         if len(key) and not bool((key.diff() > 0).all()):
             raise ValueError("an entry is given twice")
         counts = torch.bincount(tokens.long(), minlength=n_tokens)
-        return cls(_starts(counts), latents[order].int(), values[order], n_latents)
+        return cls(starts(counts), latents[order].int(), values[order], n_latents)
 
     def to_coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, value) of each activation, token-major."""
@@ -226,12 +226,12 @@ class FeatureCSR:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "FeatureCSR" or not metadata.get("n_latents", "").isdecimal():
                     raise ValueError(f"{path}: not a FeatureCSR file (its metadata do not say so)")
-                arrays = [file.get_tensor(name) for name in ("indptr", "indices", "values")]
-            return cls(*arrays, int(metadata["n_latents"])).validate()
+                indptr, indices, values = (file.get_tensor(name) for name in ("indptr", "indices", "values"))
+            return cls(indptr, indices, values, int(metadata["n_latents"])).validate()
         except (SafetensorError, TypeError) as error:
             raise ValueError(f"{path}: not a FeatureCSR file ({error})") from error
 
 
-def _starts(counts: Tensor) -> Tensor:
+def starts(counts: Tensor) -> Tensor:
     """Where each of consecutive groups of these sizes [n] starts, and the total: int64 [n + 1]."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))

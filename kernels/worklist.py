@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .features import starts
+
 
 @dataclass(frozen=True, eq=False)
 class Worklist:
@@ -42,8 +44,3 @@ def worklist(indptr: Tensor, size: int, n_entries: int) -> Worklist:
     start = indptr[group] + (each - first[group]) * size
     last = indptr[(group + 1).clamp_(max=n_groups)]
     return Worklist(group, torch.minimum(start, last), torch.minimum(start + size, last), first)
-
-
-def starts(counts: Tensor) -> Tensor:
-    """Where each of consecutive groups of these sizes [G] starts, and the total: int64 [G + 1]."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))

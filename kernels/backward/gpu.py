@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decode.gpu import along_columns, rows
-from ..features import FeatureCSR
-from ..worklist import Worklist, starts, worklist
+from ..features import FeatureCSR, starts
+from ..worklist import Worklist, worklist
 from .gradients import Gradients
 
 PIECE = 256

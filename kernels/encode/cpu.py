@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from ..features import FeatureCSR
+from ..features import FeatureCSR, starts
 
 TOKENS, LATENTS = 1024, 2048
 """A tile: 8 MB of float32."""
@@ -30,7 +30,6 @@ class Found(NamedTuple):
     scores: Tensor
 
 
-@torch.no_grad()
 def encode(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -56,8 +55,7 @@ def encode(
             blocks.append(block._replace(rows=block.rows + first))
         found = _joined(blocks, xs[0])
     counts = torch.bincount(found.rows, minlength=n_tokens)
-    indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return FeatureCSR(indptr, found.latents.int(), found.values.to(xs[0].dtype), n_latents)
+    return FeatureCSR(starts(counts), found.latents.int(), found.values.to(xs[0].dtype), n_latents)
 
 
 class _Tiles:

@@ -55,7 +55,7 @@ def multiply(
     regular = all(size % 64 == 0 for size in (n_latents, *(x.shape[1] for x in xs), *strides))
     interpreted = knobs.runtime.interpret
     # The interpreter takes its time per operation on a tile, and small tests should still have several tiles.
-    sizes = {"BT": 32, "BF": 128, "BD": 32} if interpreted else tiling(dtype, n_tokens, regular)
+    sizes = {"BT": 32, "BF": 128, "BD": 32} if interpreted else tiling(dtype, n_tokens, len(xs), regular)
     n_tiles = triton.cdiv(n_tokens, sizes["BT"]) * triton.cdiv(n_latents, sizes["BF"])
     programs = min(n_tiles, 3 if interpreted else _processors(xs[0].device))
     p = torch.empty(n_tokens, padded(n_latents), dtype=dtype, device=xs[0].device)
@@ -87,14 +87,14 @@ def multiply(
     return Gated(p, best, norm, n_latents)
 
 
-def tiling(dtype: torch.dtype, n_tokens: int, regular: bool) -> dict[str, int]:
+def tiling(dtype: torch.dtype, n_tokens: int, n_models: int, regular: bool) -> dict[str, int]:
     """Tile sizes of the product, its warps and stages: what compiles for sm_90 without spilling.
 
     ``regular``: all sizes and strides are multiples of 64 elements, so that copies are asynchronous.
     """
     if dtype == torch.float32:
-        return {"BT": 64, "BF": 128, "BD": 32, "num_warps": 8, "num_stages": 3}
-    if n_tokens <= 64 or not regular:
+        return {"BT": 64, "BF": 128, "BD": 16, "num_warps": 8, "num_stages": 4}
+    if n_tokens <= 64 or n_models > 3 or not regular:
         return {"BT": 64, "BF": 128, "BD": 64, "num_warps": 4, "num_stages": 4}
     return {"BT": 128, "BF": 256, "BD": 64, "num_warps": 8, "num_stages": 3}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from ..features import FeatureCSR
+from ..features import FeatureCSR, starts
 
 
 def encode(
@@ -24,8 +24,7 @@ def encode(
     score = pre if norm is None else pre * norm
     keep = selected(score, activation, window)
     tokens, latents = keep.nonzero(as_tuple=True)
-    indptr = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
-    return FeatureCSR(indptr, latents.int(), pre[tokens, latents], pre.shape[1])
+    return FeatureCSR(starts(keep.sum(1)), latents.int(), pre[tokens, latents], pre.shape[1])
 
 
 def selected(score: Tensor, activation: Activation, window: float) -> Tensor:
