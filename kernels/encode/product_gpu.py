@@ -166,8 +166,8 @@ def finish(
     if bias is not None:
         acc += tl.load(bias + latents, mask=known, other=0.0).to(tl.float32)[None, :]
     # Selection sees what will be stored, so rounding comes first.
-    value = acc.to(p.dtype.element_ty)
-    score = value.to(tl.float32)
+    value = acc.to(p.dtype.element_ty).to(tl.float32)
+    score = value
     if norm is not None:
         score *= tl.load(norm + latents, mask=known, other=0.0).to(tl.float32)[None, :]
     if gates is not None:
@@ -175,10 +175,11 @@ def finish(
     else:
         gate = tl.where(known, floor, float("inf"))
     is_open = score > gate[None, :]
+    value = tl.where(is_open, value, float("-inf")).to(p.dtype.element_ty)
     rows = tokens[:, None].to(tl.int64)
     stored = (tokens < n_tokens)[:, None]
     columns = stored & (latents < n_padded)[None, :]
-    tl.store(p + rows * n_padded + latents[None, :], tl.where(is_open, value, float("-inf")), mask=columns)
+    tl.store(p + rows * n_padded + latents[None, :], value, mask=columns)
     score = tl.reshape(tl.where(is_open, score, float("-inf")), (BT, BF // GROUP, GROUP))
     groups = first // GROUP + tl.arange(0, BF // GROUP)
     n_groups = n_padded // GROUP

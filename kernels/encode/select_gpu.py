@@ -120,8 +120,9 @@ def entries(p, norm, listed, token, start, n, capacity, n_latents, n_padded, NUM
     value = tl.load(p + token * n_padded + latent, mask=known, other=float("-inf"))
     score = value.to(tl.float32)
     if norm is not None:
-        scale = tl.load(norm + latent, mask=known, other=1.0).to(tl.float32)
-        score = tl.where(score > float("-inf"), score * scale, score)
+        # A norm of 0 must not make a number of -inf.
+        scale = tl.load(norm + latent, mask=known & (score > float("-inf")), other=1.0).to(tl.float32)
+        score *= scale
     size: tl.constexpr = NUMBER * GROUP
     return tl.reshape(latent, (size,)), tl.reshape(value, (size,)), tl.reshape(score, (size,))
 
