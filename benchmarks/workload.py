@@ -1,8 +1,9 @@
 """What ``kernels.py`` and ``kernels_gpu.py`` feed to every contestant, and what must come out.
 
-Inputs are drawn to be like a language model's: norms with a heavy tail, a direction all tokens share, latents whose
-frequencies fall off like Zipf's law. Tokens whose selection would hang on rounding (at the k-th value, or at a JumpReLU
-threshold) are not drawn, so that every contestant must find exactly the same active latents.
+Inputs are drawn to be like a language model's: a direction that all tokens share, along which a few are massive, and
+latents whose frequencies fall off like Zipf's law. Tokens whose k-th value is so near the next that rounding would
+decide are not drawn, and JumpReLU thresholds stand clear of all pre-activations, so that every contestant must find the
+same active latents.
 """
 
 from dataclasses import dataclass
@@ -38,26 +39,30 @@ class Shape:
 def draw(shape: Shape, seed: int = 0) -> Arrays:
     """Inputs of all ops, float32."""
     draws = torch.Generator().manual_seed(seed)
-    decoder = torch.nn.functional.normalize(torch.randn(shape.latents, shape.width, generator=draws))
+    shared = torch.nn.functional.normalize(torch.randn(shape.width, generator=draws), dim=0)
+    decoder = torch.randn(shape.latents, shape.width, generator=draws)
+    decoder = torch.nn.functional.normalize(decoder - (decoder @ shared)[:, None] * shared)
     popularity = 1 / (1 + torch.randperm(shape.latents, generator=draws).float())
-    b_dec = torch.randn(shape.width, generator=draws) / shape.width**0.5
     n = shape.tokens + shape.tokens // 4 + 16
     causes = torch.multinomial(popularity.expand(n, -1), shape.k, generator=draws)
     strength = 0.5 + torch.empty(n, shape.k).exponential_(generator=draws)
     x = torch.nn.functional.embedding_bag(causes, decoder, per_sample_weights=strength, mode="sum")
+    x *= torch.randn(n, 1, generator=draws).mul_(0.1).exp_()
     x += 0.3 * torch.randn(n, shape.width, generator=draws) / shape.width**0.5
-    norm = torch.randn(n, 1, generator=draws).mul_(0.3).exp_() * (1 + 2 * (torch.rand(n, 1, generator=draws) < 0.01))
-    x = x * norm + 3 * b_dec
-    encoder = (decoder + 0.1 * torch.randn(decoder.shape, generator=draws) / shape.width**0.5).T.contiguous()
-    # What all tokens share is taken out again by the encoder's bias, as training would.
-    b_enc = -3 * (b_dec @ encoder) - 0.05 + 0.02 * torch.randn(shape.latents, generator=draws)
+    massive = 1 + 5 * (torch.rand(n, 1, generator=draws) < 0.01)
+    x += 4 * massive * torch.randn(n, 1, generator=draws).mul_(0.5).exp_() * shared
+    b_dec = 4 * shared
+    # Latents do not read what all tokens share, however large: training would see to that.
+    encoder = decoder + 0.1 * torch.randn(decoder.shape, generator=draws) / shape.width**0.5
+    encoder = (encoder - (encoder @ shared)[:, None] * shared).T.contiguous()
+    b_enc = 0.02 * torch.randn(shape.latents, generator=draws) - 0.05
     pre = x.double() @ encoder.double() + b_enc.double()
-    level = pre.flatten().kthvalue(pre.numel() - n * shape.k).values.clamp(min=0.01)
-    threshold = (level * (0.9 + 0.2 * torch.rand(shape.latents, generator=draws))).float()
-    clear = _clear(pre, shape.k, threshold).nonzero()[: shape.tokens, 0]
+    clear = _clear(pre, shape.k).nonzero()[: shape.tokens, 0]
     if len(clear) < shape.tokens:
-        raise ValueError(f"only {len(clear)} tokens whose active latents do not hang on rounding: try another seed")
+        raise ValueError(f"only {len(clear)} tokens whose k-th value does not hang on rounding: try another seed")
     x, pre = x[clear], pre[clear]
+    level = pre.flatten().kthvalue(pre.numel() - shape.tokens * shape.k).values.clamp(min=0.01)
+    threshold = _between((level * (0.9 + 0.2 * torch.rand(shape.latents, generator=draws))).float(), pre)
     few = (x[:FEW].double() @ encoder.double() + b_enc.double()).topk(shape.k // 2 + 1).values[:, -1].mean()
     arrays = {
         "x": x,
@@ -103,12 +108,19 @@ def top(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows, latents, pre[rows, latents]
 
 
-def _clear(pre: Tensor, k: int, threshold: Tensor) -> Tensor:
-    """Which tokens' active latents do not hang on rounding."""
+def _clear(pre: Tensor, k: int) -> Tensor:
+    """Which tokens' k largest do not hang on rounding."""
     near = pre.topk(min(k + 1, pre.shape[1])).values
-    room = ROUNDING * near[:, 0]
     gap = near[:, k - 1] - near[:, k] if pre.shape[1] > k else near[:, k - 1]
-    return (gap > room) & ((pre - threshold.double()).abs().amin(1) > room) & (near[:, k - 1] > room)
+    return torch.minimum(gap, near[:, k - 1]) > ROUNDING * near[:, 0]
+
+
+def _between(threshold: Tensor, pre: Tensor) -> Tensor:
+    """The thresholds, moved up until no pre-activation is so near that rounding would decide."""
+    room = ROUNDING * pre.amax(1, keepdim=True)
+    while bool((close := ((pre - threshold.double()).abs() <= room).any(0)).any()):
+        threshold = torch.where(close, threshold * (1 + 5 * ROUNDING), threshold)
+    return threshold
 
 
 def _starts(rows: Tensor, n_rows: int) -> Tensor:
