@@ -93,8 +93,8 @@ def tiling(dtype: torch.dtype, n_tokens: int, n_models: int, regular: bool) -> d
     ``regular``: all sizes and strides are multiples of 64 elements, so that copies are asynchronous.
     """
     if dtype == torch.float32:
-        return {"BT": 64, "BF": 128, "BD": 16, "num_warps": 8, "num_stages": 4}
-    if n_tokens <= 64 or n_models > 3 or not regular:
+        return {"BT": 64, "BF": 128, "BD": 16, "num_warps": 8, "num_stages": 3 if regular else 4}
+    if n_tokens <= 64 or n_models > 2 or not regular:
         return {"BT": 64, "BF": 128, "BD": 64, "num_warps": 4, "num_stages": 4}
     return {"BT": 128, "BF": 256, "BD": 64, "num_warps": 8, "num_stages": 3}
 

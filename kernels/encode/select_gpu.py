@@ -2,8 +2,9 @@
 
 A token is one program. It works through its row in pieces as often as needed, so neither k nor the number of open
 entries nor that of latents is limited; pieces come from the caches but for the first time. Entries are counted before
-they are written, so nothing can overflow. The k-th largest of a row is found bit by bit, as in RTop-K (Xie et al. 2024,
-arXiv:2409.00822): as integers, positive floating-point numbers have the same order.
+they are written, so nothing can overflow. The k-th largest of a row is found by bisection, as in RTop-K (Xie et al.
+2024, arXiv:2409.00822), but on the bits of the numbers, which as integers have the same order: exactly, and in as many
+steps as there are bits in which candidates differ.
 """
 
 import torch
@@ -21,7 +22,7 @@ SPAN = 1024
 """Groups in a piece of a row."""
 
 FEW, MANY = {"NUMBER": 16, "num_warps": 1}, {"NUMBER": 64, "num_warps": 4}
-"""Listed groups in a piece: those of a threshold are as many as come, those of k are passed over once per bit."""
+"""Listed groups in a piece: those of a threshold are as many as come, those of k are passed over at every step."""
 
 
 def above(gated: Gated, floor: float) -> FeatureCSR:
@@ -40,13 +41,13 @@ def _select(gated: Gated, floor: float, k: int) -> FeatureCSR:
     n_tokens, n_groups = best.shape
     capacity = min(k, n_groups) if k else n_groups
     listed = torch.empty(n_tokens, capacity, dtype=torch.int32, device=p.device)
-    n_listed, counts, kths, rooms = torch.empty(4, n_tokens, dtype=torch.int32, device=p.device)
+    n_listed, counts, kths, ends, rooms = torch.empty(5, n_tokens, dtype=torch.int32, device=p.device)
     way = {"TOP": k > 0, "BITS": BITS[best.dtype]}
     grid = (n_tokens,)
-    groups[grid](best, floor, listed, n_listed, n_groups, k, capacity, SPAN=SPAN, **way)
+    groups[grid](best, floor, listed, n_listed, kths, ends, n_groups, k, capacity, SPAN=SPAN, **way)
     row = (p, gated.norm, floor, listed, n_listed, capacity, gated.n_latents, p.shape[1])
     way |= MANY if k else FEW
-    measure[grid](*row, counts, kths, rooms, k, **way)
+    measure[grid](*row, counts, kths, ends, rooms, k, **way)
     indptr = starts(counts)
     indices = torch.empty(int(indptr[-1]), dtype=torch.int32, device=p.device)
     values = torch.empty(len(indices), dtype=p.dtype, device=p.device)
@@ -75,23 +76,33 @@ def best_scores(best, token, start, n_groups, SPAN: tl.constexpr):
 
 @triton.jit
 def groups(
-    best, floor, listed, n_listed, n_groups, k, capacity, SPAN: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr
+    best, floor, listed, n_listed, kths, ends, n_groups, k, capacity,
+    SPAN: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """List a token's groups whose best score is open and not below ``floor``; TOP: is among the k largest."""
+    """List a token's groups whose best score is open and not below ``floor``; TOP: is among the k largest.
+
+    TOP: also the key of the k-th best score (0 if fewer than k are positive), and one more than the largest key.
+    """
     token = tl.program_id(0).to(tl.int64)
     kth = 0
     room = 0
     if TOP:
+        end = 1
+        for start in range(0, n_groups, SPAN):
+            _, score = best_scores(best, token, start, n_groups, SPAN)
+            end = tl.maximum(end, tl.max(keys_of(score, BITS), 0) + 1)
+        tl.store(ends + token, end)
         n_larger = 0
-        for i in range(BITS):
-            larger = kth | (1 << (BITS - 1 - i))
+        while end - kth > 1:
+            middle = kth + (end - kth) // 2
             n = 0
             for start in range(0, n_groups, SPAN):
                 _, score = best_scores(best, token, start, n_groups, SPAN)
-                n += tl.sum((keys_of(score, BITS) >= larger).to(tl.int32), 0)
-            # What fails last is the k-th key plus 1.
+                n += tl.sum((keys_of(score, BITS) >= middle).to(tl.int32), 0)
             n_larger = tl.where(n >= k, n_larger, n)
-            kth = tl.where(n >= k, larger, kth)
+            end = tl.where(n >= k, end, middle)
+            kth = tl.where(n >= k, middle, kth)
+        tl.store(kths + token, kth)
         # Of groups that tie at the k-th place the first are enough, if there are k groups in all.
         room = capacity - n_larger
     total = 0
@@ -120,34 +131,38 @@ def entries(p, norm, listed, token, start, n, capacity, n_latents, n_padded, NUM
     value = tl.load(p + token * n_padded + latent, mask=known, other=float("-inf"))
     score = value.to(tl.float32)
     if norm is not None:
-        # A norm of 0 must not make a number of -inf.
-        scale = tl.load(norm + latent, mask=known & (score > float("-inf")), other=1.0).to(tl.float32)
-        score *= scale
+        scale = tl.load(norm + latent, mask=known, other=1.0).to(tl.float32)
+        # -inf times a norm of 0 would be no number.
+        is_open = score > float("-inf")
+        score = tl.where(is_open, tl.where(is_open, score, 0.0) * scale, score)
     size: tl.constexpr = NUMBER * GROUP
     return tl.reshape(latent, (size,)), tl.reshape(value, (size,)), tl.reshape(score, (size,))
 
 
 @triton.jit
 def measure(
-    p, norm, floor, listed, n_listed, capacity, n_latents, n_padded, counts, kths, rooms, k,
+    p, norm, floor, listed, n_listed, capacity, n_latents, n_padded, counts, kths, ends, rooms, k,
     TOP: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """Number of entries to keep; TOP: also the key of the k-th, and how many of those that tie with it are kept."""
     token = tl.program_id(0).to(tl.int64)
     end = tl.load(n_listed + token)
     if TOP:
-        kth = 0
+        # The k best scores of groups are scores, so the k-th of all scores is no smaller.
+        kth = tl.load(kths + token)
+        last = tl.load(ends + token)
         n_larger = 0
-        for i in range(BITS):
-            larger = kth | (1 << (BITS - 1 - i))
+        while last - kth > 1:
+            middle = kth + (last - kth) // 2
             n = 0
             start = 0
             while start < end:
                 _, _, score = entries(p, norm, listed, token, start, end, capacity, n_latents, n_padded, NUMBER)
-                n += tl.sum((keys_of(score, BITS) >= larger).to(tl.int32), 0)
+                n += tl.sum((keys_of(score, BITS) >= middle).to(tl.int32), 0)
                 start += NUMBER
             n_larger = tl.where(n >= k, n_larger, n)
-            kth = tl.where(n >= k, larger, kth)
+            last = tl.where(n >= k, last, middle)
+            kth = tl.where(n >= k, middle, kth)
         tl.store(counts + token, tl.where(kth > 0, k, n_larger))
         tl.store(kths + token, kth)
         tl.store(rooms + token, k - n_larger)

@@ -13,7 +13,7 @@ from heredity.kernels.encode.reference import encode as reference
 from heredity.kernels.features import FeatureCSR
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# T, D, F; interpreted, a token takes longer than all else.
+# T, D, F.
 SHAPES = ((1, 3, 1), (33, 33, 31), (5, 100, 300), (7, 64, 65))
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,10 +70,12 @@ def assert_same(found: FeatureCSR, wanted: FeatureCSR) -> None:
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_whole_numbers_exactly(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.float16 and shape[0] > 1 and shape != SHAPES[-1]:
+        pytest.skip("as float32")
     xs, weights, (bias,) = integers(shape, dtype, device)
     for activation in activations(shape[2]):
         if isinstance(activation, TopK) and shape[0] > 9:
-            continue
+            continue  # Interpreted, a token of TopK takes a third of a second.
         wanted = expected(xs, weights, bias, activation)
         assert_same(gpu.encode(xs, weights, bias, activation, None, 0.0), wanted)
 
@@ -156,7 +158,7 @@ def test_batch_of_chunks(chunk: int, device: str, monkeypatch: pytest.MonkeyPatc
 @dtypes
 def test_real_numbers(dtype: torch.dtype, device: str) -> None:
     """Values to rounding; a choice that differs from float64's is one within rounding."""
-    n_tokens, n_latents = 5, 290
+    n_tokens, n_latents = 4, 290
     generator = torch.Generator().manual_seed(5)
     x, weight, bias, norm = (
         torch.randn(*shape, generator=generator).to(device, dtype)
@@ -166,23 +168,22 @@ def test_real_numbers(dtype: torch.dtype, device: str) -> None:
     pre = (x.double() @ weight.double() + bias.double()).cpu()
     # The interpreter cuts bfloat16 off, which is twice the error of rounding.
     slack = torch.finfo(dtype).eps * pre.abs() + 1e-5
-    for scale in (None, norm):
+    for activation in activations(n_latents):
+        scale = norm if isinstance(activation, TopK | BatchTopK) else None
         by = torch.ones(n_latents).double() if scale is None else scale.double().cpu()
-        for activation in activations(n_latents):
-            found = gpu.encode([x], [weight], bias, activation, scale, 0.0).validate().to("cpu")
-            tokens, latents, values = found.to_coo()
-            latents = latents.long()
-            assert bool(((values.double() - pre[tokens, latents]).abs() <= slack[tokens, latents]).all())
-            wanted = expected([x], [weight], bias, activation, scale).to("cpu")
-            kept, should = (torch.zeros_like(pre, dtype=torch.bool) for _ in range(2))
-            kept[tokens, latents] = True
-            should[wanted.tokens, wanted.indices.long()] = True
-            if isinstance(activation, TopK) or (isinstance(activation, BatchTopK) and activation.k):
-                assert found.nnz == wanted.nnz
-            score, limit = pre * by, slack * by
-            for token, latent in (kept != should).nonzero().tolist():
-                near = (score[token, latent] - border(score, should, activation, token, latent)).abs()
-                assert near <= 2 * limit.max()
+        found = gpu.encode([x], [weight], bias, activation, scale, 0.0).validate().to("cpu")
+        latents = found.indices.long()
+        assert bool(((found.values.double() - pre[found.tokens, latents]).abs() <= slack[found.tokens, latents]).all())
+        wanted = expected([x], [weight], bias, activation, scale).to("cpu")
+        kept, should = (torch.zeros_like(pre, dtype=torch.bool) for _ in range(2))
+        kept[found.tokens, latents] = True
+        should[wanted.tokens, wanted.indices.long()] = True
+        if isinstance(activation, TopK) or (isinstance(activation, BatchTopK) and activation.k):
+            assert found.nnz == wanted.nnz
+        score, limit = pre * by, slack * by
+        for token, latent in (kept != should).nonzero().tolist():
+            near = (score[token, latent] - border(score, should, activation, token, latent)).abs()
+            assert near <= 2 * limit.max()
 
 
 def border(score: Tensor, should: Tensor, activation: Activation, token: int, latent: int) -> Tensor:
