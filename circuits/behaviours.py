@@ -1,7 +1,8 @@
 """From single divergent positions to behaviours: kinds of context in which the two models say different things.
 
 Neighbouring divergent positions of a text form an episode; episodes whose predictions and preceding tokens are alike
-(TF-IDF cosine, average linkage) form a behaviour. Its effect is the mean over episodes of the largest KL(S‖P).
+(TF-IDF cosine, average linkage) form a behaviour. Its effect is the mean over texts of the largest KL(S‖P): a behaviour
+often announces itself faintly, earlier in the text that it is about to show in, and that is not another instance of it.
 """
 
 from collections import Counter
@@ -88,9 +89,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Contexts that are alike, strongest first."""
+    """Contexts that are alike, of different texts, strongest first."""
 
     contexts: tuple[Context, ...]
+    weaker: tuple[Context, ...] = ()
+    """Further, weaker episodes of the same texts."""
 
     @property
     def effect(self) -> float:
@@ -145,7 +148,16 @@ def cluster(pieces: Sequence[Piece], threshold: float) -> list[Cluster]:
     groups: dict[int, list[Context]] = {}
     for label, context in zip(labels, contexts, strict=True):
         groups.setdefault(label, []).append(context)
-    return sorted((Cluster(tuple(g)) for g in groups.values()), key=lambda c: -c.effect * len(c.contexts))
+    return sorted((_of_texts(group) for group in groups.values()), key=lambda c: -c.effect * len(c.contexts))
+
+
+def _of_texts(contexts: Sequence[Context]) -> Cluster:
+    """A cluster of ``contexts``, strongest first, in which each text stands once."""
+    strongest: dict[int, Context] = {}
+    for context in contexts:
+        strongest.setdefault(id(context.piece), context)
+    kept = tuple(strongest.values())
+    return Cluster(kept, tuple(c for c in contexts if strongest[id(c.piece)] is not c))
 
 
 def largest_effect(clusters: Sequence[Cluster], fewest: int) -> float:

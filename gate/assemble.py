@@ -169,7 +169,11 @@ def _null(s: Setting, items: Sequence[Any], scanned: Scanned) -> Null:
 def _mass(found: Cluster, source: str) -> float:
     """KL(S‖P) summed over the episodes of ``source``, nats."""
     return float(
-        sum(sum(c.piece.scan.kl[c.span[0] : c.span[1] + 1]) for c in found.contexts if c.piece.source == source)
+        sum(
+            sum(c.piece.scan.kl[c.span[0] : c.span[1] + 1])
+            for c in (*found.contexts, *found.weaker)
+            if c.piece.source == source
+        )
     )
 
 

@@ -123,3 +123,19 @@ def test_the_largest_effect_is_of_behaviours_that_recur(piece: Make) -> None:
     assert largest_effect(found, 1) == 9.0
     assert largest_effect(found, 2) == pytest.approx(5.05)
     assert largest_effect(found, 6) == largest_effect([], 1) == 0.0
+
+
+def test_a_text_counts_once_with_its_strongest_episode(piece: Make) -> None:
+    announced = []
+    for k, made in enumerate(kinds(piece)[1::2]):
+        # Two positions before, the successor already says a little of what it is about to say.
+        scan, early = made.scan, 8 - GAP - 1
+        kl, top_s, top_p, ids = list(scan.kl), list(scan.top_successor), list(scan.top_parent), list(made.successor.ids)
+        kl[early], top_s[early], top_p[early] = 1.5, 60, 5
+        ids[early - 1 : early + 1] = [100, 101]
+        read = replace(made.successor, ids=tuple(ids))
+        scan = replace(scan, kl=kl, top_successor=top_s, top_parent=top_p, text_id=str(k))
+        announced.append(replace(made, parent=read, successor=read, scan=scan))
+    (group,) = cluster(announced, 1.0)
+    assert [c.at for c in group.contexts] == [8] * 5 and [c.at for c in group.weaker] == [5] * 5
+    assert group.effect == pytest.approx(5.05)
