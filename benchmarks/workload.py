@@ -207,10 +207,11 @@ def complaint(got: Arrays, truth: Arrays) -> tuple[float, str | None]:
             if not torch.equal(array.long(), true.long()):
                 return error, f"{int((array != true).sum())} entries of {name} differ"
             continue
-        error = max(error, float((array.double() - true.double()).norm() / true.double().norm().clamp(min=1e-300)))
+        off = float((array.double() - true.double()).norm() / true.double().norm().clamp(min=1e-300))
         # Written so that NaN does not pass.
-        if not error <= TOLERANCE:
-            return error, f"{name} is off by {error:.1e}"
+        if not off <= TOLERANCE:
+            return off, f"{name} is off by {off:.1e}"
+        error = max(error, off)
     return error, None
 
 
