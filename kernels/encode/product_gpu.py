@@ -1,5 +1,8 @@
 """The product of activations and encoder, gated and reduced while a tile is still in registers."""
 
+# Triton's launch syntax has no types: a constexpr is given as what it holds.
+# pyright: reportArgumentType=false
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-GROUP = tl.constexpr(32)
+LATENTS = 32
 """Latents of a group."""
+
+GROUP = tl.constexpr(LATENTS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Gated:
 
 def padded(n_latents: int) -> int:
     """Latents rounded up to whole groups."""
-    return triton.cdiv(n_latents, GROUP.value) * GROUP.value
+    return -(-n_latents // LATENTS) * LATENTS
 
 
 def multiply(
@@ -59,7 +64,7 @@ def multiply(
     n_tiles = triton.cdiv(n_tokens, sizes["BT"]) * triton.cdiv(n_latents, sizes["BF"])
     programs = min(n_tiles, 3 if interpreted else _processors(xs[0].device))
     p = torch.empty(n_tokens, padded(n_latents), dtype=dtype, device=xs[0].device)
-    n_groups = p.shape[1] // GROUP.value
+    n_groups = p.shape[1] // LATENTS
     best = torch.empty(n_tokens, n_groups, dtype=dtype if norm is None else torch.float32, device=p.device)
     product[(programs,)](
         tuple(xs),

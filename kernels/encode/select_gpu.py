@@ -7,6 +7,9 @@ they are written, so nothing can overflow. The k-th largest of a row is found by
 steps as there are bits in which candidates differ.
 """
 
+# Triton's functions have no types: a constexpr is given as what it holds, a pair is not seen to be returned.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
