@@ -112,8 +112,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["install"])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("names", nargs="*", choices=[[], *PEERS], help=f"of {', '.join(PEERS)}; all without")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS)}; all without")
     args = parser.parse_args()
+    if unknown := set(args.names) - set(PEERS):
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
     failures = {name: install(args.directory, name) for name in args.names or PEERS}
     for name, failure in failures.items():
         print(f"{PEERS[name].label}: {failure or 'installed'}")
