@@ -1,7 +1,8 @@
 # make demo   audit a successor with something new in it, then one with nothing new
 # make test   the whole test suite
 # make check  lint, format, types, import directions
-# make bench  speed and ground-truth benchmarks (long); NNSIGHT_PYTHON=PATH adds nnsight, from an environment of its own
+# make bench  speed and ground-truth benchmarks (hours); NNSIGHT_PYTHON=PATH adds nnsight, PEERS=DIR what
+#             `benchmarks/peers.py install DIR` put there, each in an environment of its own
 # make setup  only make .venv, with the `heredity` command in it
 
 PYTHON ?= python3
@@ -66,7 +67,9 @@ bench: setup
 	$(BIN)/heredity example smollm2 --out demo/smollm2
 	$(BIN)/python benchmarks/capture.py demo/smollm2/parent --record benchmarks/RESULTS.md \
 	    $(if $(NNSIGHT_PYTHON),--nnsight-python $(NNSIGHT_PYTHON))
-	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/kernels.py --record $(if $(PEERS),--peers $(PEERS))
+	$(BIN)/python benchmarks/smollm2.py --example demo/smollm2 --work demo/bench-smollm2 --record
+	$(BIN)/python benchmarks/zoo.py --seeds 100:110 --work demo/bench-zoo --record
 
 clean:
 	rm -rf .venv build demo *.egg-info
