@@ -18,6 +18,9 @@ LATENTS = 32
 
 GROUP = tl.constexpr(LATENTS)
 
+LARGE = 150_000
+"""Bytes of shared memory that the largest tiles take (GPUs for graphics have 100 KB)."""
+
 
 @dataclass(frozen=True)
 class Gated:
@@ -60,9 +63,12 @@ def multiply(
     regular = all(size % 64 == 0 for size in (n_latents, *(x.shape[1] for x in xs), *strides))
     interpreted = knobs.runtime.interpret
     # The interpreter takes its time per operation on a tile, and small tests should still have several tiles.
-    sizes = {"BT": 32, "BF": 128, "BD": 32} if interpreted else tiling(dtype, n_tokens, len(xs), regular)
+    processors, shared = (1, 0) if interpreted else _processors(xs[0].device)
+    large = shared > LARGE and regular
+    sizes = {"BT": 32, "BF": 128, "BD": 32} if interpreted else tiling(dtype, n_tokens, len(xs), large)
     n_tiles = triton.cdiv(n_tokens, sizes["BT"]) * triton.cdiv(n_latents, sizes["BF"])
-    programs = min(n_tiles, 3 if interpreted else _processors(xs[0].device))
+    # Of the smaller tiles, a processor holds two.
+    programs = min(n_tiles, processors * (1 if sizes["BF"] == 256 else 2))
     p = torch.empty(n_tokens, padded(n_latents), dtype=dtype, device=xs[0].device)
     n_groups = p.shape[1] // LATENTS
     best = torch.empty(n_tokens, n_groups, dtype=dtype if norm is None else torch.float32, device=p.device)
@@ -82,7 +88,6 @@ def multiply(
         n_tokens,
         n_latents,
         p.shape[1],
-        PROGRAMS=programs,
         SWATH=8,
         EVEN=all(x.shape[1] % sizes["BD"] == 0 for x in xs),
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
@@ -92,33 +97,36 @@ def multiply(
     return Gated(p, best, norm, n_latents)
 
 
-def tiling(dtype: torch.dtype, n_tokens: int, n_models: int, regular: bool) -> dict[str, int]:
+def tiling(dtype: torch.dtype, n_tokens: int, n_models: int, large: bool) -> dict[str, int]:
     """Tile sizes of the product, its warps and stages: what compiles for sm_90 without spilling.
 
-    ``regular``: all sizes and strides are multiples of 64 elements, so that copies are asynchronous.
+    ``large``: all sizes and strides are multiples of 64 elements, so that copies are asynchronous, and there is shared
+    memory for more than ``LARGE`` bytes of them.
     """
     if dtype == torch.float32:
-        return {"BT": 64, "BF": 128, "BD": 16, "num_warps": 8, "num_stages": 3 if regular else 4}
-    if n_tokens <= 64 or n_models > 2 or not regular:
+        return {"BT": 64, "BF": 128, "BD": 16, "num_warps": 8, "num_stages": 3 if large else 4}
+    if n_tokens <= 64 or n_models > 2 or not large:
         return {"BT": 64, "BF": 128, "BD": 64, "num_warps": 4, "num_stages": 4}
     return {"BT": 128, "BF": 256, "BD": 64, "num_warps": 8, "num_stages": 3}
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _processors(device: torch.device) -> tuple[int, int]:
+    """Their number, and bytes of shared memory of each."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
 
 
 @triton.jit
 def product(
     xs, weights, widths, x_strides, weight_row_strides, weight_column_strides, bias, norm, gates, floor, p, best,
     n_tokens, n_latents, n_padded,
-    BT: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, PROGRAMS: tl.constexpr, SWATH: tl.constexpr,
+    BT: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, SWATH: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BT tokens and BF latents, those of a program PROGRAMS apart. EVEN: BD divides the widths."""
+    """Tiles of BT tokens and BF latents, shared out evenly among programs. EVEN: BD divides the widths."""
     down, across = tl.cdiv(n_tokens, BT), tl.cdiv(n_latents, BF)
-    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
         # Tiles side by side share rows of W_enc in the L2 cache while SWATH rows of tiles are worked down.
         first = tile // (SWATH * across) * SWATH
         height = tl.minimum(down - first, SWATH)
