@@ -269,7 +269,7 @@ def processor() -> str:
 
 def crossover(args: argparse.Namespace) -> str:
     from heredity.kernels import FeatureCSR
-    from heredity.kernels.decode import cpu, reference
+    from heredity.kernels.ops.decode import cpu, reference
 
     draws = torch.Generator().manual_seed(args.seed)
     decoder = torch.randn(args.latents, args.width, generator=draws)

@@ -29,8 +29,8 @@ from workload_gpu import Inputs, Shape, draw, faults, fresh
 
 from heredity.kernels import FeatureCSR, JumpReLU, TopK, attribute, autoencode, decode, encode
 from heredity.kernels import statistics as statistics_of
-from heredity.kernels.backward import run as backward_op
-from heredity.kernels.encode import run as encode_op
+from heredity.kernels.ops.backward import run as backward_op
+from heredity.kernels.ops.encode import run as encode_op
 
 SHAPES = (
     Shape("Gemma-2-2B", 2304, 65_536, 70),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heredity.kernels import FeatureCSR, JumpReLU, attribute, decode, encode
 from heredity.kernels import statistics as statistics_of
-from heredity.kernels.backward import run as backward_op
+from heredity.kernels.ops.backward import run as backward_op
 
 TOLERANCE = 2e-2
 """‖got − plain‖ / ‖plain‖ of bfloat16 results."""

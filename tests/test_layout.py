@@ -7,6 +7,7 @@ found a certain version of it, imports from it in every model class.
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 PROBE = """
 import sys
+import tomllib
 sys.path.insert(0, sys.argv[1])
 import kernels
 assert any(place.startswith(sys.argv[1]) for place in kernels.__path__), "another kernels than the one under test"
@@ -45,6 +47,13 @@ def test_the_probe_fails_where_kernels_passes_for_the_real_one(tmp_path: Path) -
     done = probe(tmp_path)
     assert done.returncode != 0
     assert "takes our folder for a package" in done.stderr
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    parts = ("interp", "kernels", "circuits", "gate", "zoo", "examples")
+    found = {path.parent.relative_to(ROOT) for part in parts for path in (ROOT / part).rglob("__init__.py")}
+    assert {"heredity." + ".".join(folder.parts) for folder in found} <= set(listed)
 
 
 def test_only_heredity_is_installed_at_top_level() -> None:

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("width", [2304, 100])
 def test_attribute_tile(width: int, dtype: str, size: tuple[int, int], compiled: Callable[..., Any]) -> None:
-    from heredity.kernels.attribute.gpu import DEPTH, attribute_tile, warps
+    from heredity.kernels.ops.attribute.gpu import DEPTH, attribute_tile, warps
 
     stride = "i32:16" if width % 16 == 0 else "i32"
     signature = dict.fromkeys(("group", "start", "end"), "*i64") | dict.fromkeys(("n_batch", "n_active"), "i32")

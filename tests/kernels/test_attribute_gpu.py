@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from heredity.kernels.attribute import attribute
 from heredity.kernels.features import FeatureCSR
+from heredity.kernels.ops.attribute import attribute
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heredity.kernels import Activation, BatchTopK, JumpReLU, ReLU, TopK, autoencode
-from heredity.kernels.autoencode import _forward
+from heredity.kernels.ops.autoencode import _forward
 
 
 def parameters(tokens: int = 17, width: int = 6, latents: int = 40, seed: int = 0) -> list[Tensor]:

@@ -13,7 +13,7 @@ PUT_BY = ("put_by_decoder", "put_by_weight", "put_by_bias")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("given", ["both", "decoder", "x"])
 def test_backward_piece(given: str, dtype: str, width: int, compiled: Callable[..., Any]) -> None:
-    from heredity.kernels.backward.gpu import ROWS, SLAB, backward_piece
+    from heredity.kernels.ops.backward.gpu import ROWS, SLAB, backward_piece
 
     stride = "i32:16" if width % 16 == 0 else "i32"
     signature = dict.fromkeys(("group", "start", "end", "slot", "order", "tokens"), "*i64")
@@ -37,7 +37,7 @@ def test_backward_piece(given: str, dtype: str, width: int, compiled: Callable[.
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_add_pieces(dtype: str, compiled: Callable[..., Any]) -> None:
-    from heredity.kernels.backward.gpu import ROWS, SLAB, add_pieces
+    from heredity.kernels.ops.backward.gpu import ROWS, SLAB, add_pieces
 
     signature = {"divided": "*i64", "slots": "*i64", "n_latents": "i32"}
     signature |= dict.fromkeys(PUT_BY, "*fp32") | dict.fromkeys(SUMS, f"*{dtype}")

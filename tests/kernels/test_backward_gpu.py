@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from heredity.kernels.backward import gpu, run
-from heredity.kernels.backward.gradients import Gradients
 from heredity.kernels.features import FeatureCSR
+from heredity.kernels.ops.backward import gpu, run
+from heredity.kernels.ops.backward.gradients import Gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from heredity.kernels import FeatureCSR, attribute, attribute_errors, decode, residual, virtual_weights
-from heredity.kernels.backward import run as backward
+from heredity.kernels.ops.backward import run as backward
 
 
 def normal(*shape: int, seed: int) -> Tensor:

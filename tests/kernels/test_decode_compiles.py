@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.parametrize("width", ["i32", "i32:16"])
 def test_decode_slab(dtype: str, with_target: bool, width: str, compiled: Callable[..., Any]) -> None:
-    from heredity.kernels.decode.gpu import COLUMNS, ROWS, decode_slab
+    from heredity.kernels.ops.decode.gpu import COLUMNS, ROWS, decode_slab
 
     signature = {"indptr": "*i64", "indices": "*i32", "n_tokens": "i32", "width": width, "table_stride": width}
     signature |= dict.fromkeys(("values", "table", "bias", "out"), f"*{dtype}")

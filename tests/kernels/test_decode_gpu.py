@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from heredity.kernels.decode import decode, residual
 from heredity.kernels.features import FeatureCSR
+from heredity.kernels.ops.decode import decode, residual
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from heredity.kernels import FeatureCSR, ReLU, encode, use
-from heredity.kernels.encode import run
+from heredity.kernels.ops.encode import run
 
 X, W = torch.ones(2, 3), torch.ones(3, 4)
 CALL = ([X], [W], None, ReLU(), None, 0.0)
@@ -23,7 +23,7 @@ def test_tensors_on_the_cpu_are_served_there_and_others_are_not() -> None:
 def test_what_was_asked_for_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in ("cpu", "reference"):
-        module = __import__(f"heredity.kernels.encode.{name}", fromlist=["encode"])
+        module = __import__(f"heredity.kernels.ops.encode.{name}", fromlist=["encode"])
 
         def spy(*args, name=name, real=module.encode) -> FeatureCSR:
             called.append(name)

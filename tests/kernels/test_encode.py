@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from heredity.kernels import Activation, BatchTopK, FeatureCSR, JumpReLU, ReLU, TopK, encode
-from heredity.kernels.encode import cpu
+from heredity.kernels.ops.encode import cpu
 
 
 def drawn(tokens: int, width: int, latents: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from heredity.kernels.encode import product_gpu, select_gpu
+from heredity.kernels.ops.encode import product_gpu, select_gpu
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 SMALL = 101_376

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from heredity.kernels.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from heredity.kernels.encode import gpu, select_gpu
-from heredity.kernels.encode.reference import encode as reference
 from heredity.kernels.features import FeatureCSR
+from heredity.kernels.ops.encode import gpu, select_gpu
+from heredity.kernels.ops.encode.reference import encode as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # T, D, F.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from heredity.kernels.features import FeatureCSR
-from heredity.kernels.statistics import N_BINS, Statistics, statistics
-from heredity.kernels.statistics.record import HIGHEST, LOWEST
+from heredity.kernels.ops.statistics import N_BINS, Statistics, statistics
+from heredity.kernels.ops.statistics.record import HIGHEST, LOWEST
 
 SHAPES = [(63, 31, 0.1), (1000, 65, 0.02), (1, 300, 0.5), (257, 1, 0.7), (40, 7, 1.0)]
 EXACT = ("count", "max", "histogram", "top_values", "top_tokens", "n_tokens")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from heredity.kernels.features import FeatureCSR
-from heredity.kernels.statistics import Statistics, statistics
+from heredity.kernels.ops.statistics import Statistics, statistics
 
 # The interpreter computes with numpy, which warns of what a GPU does silently: infinity minus infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

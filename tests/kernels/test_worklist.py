@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from heredity.kernels.worklist import starts, worklist
+from heredity.kernels.ops.worklist import starts, worklist
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])

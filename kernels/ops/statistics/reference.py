@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 from .record import HIGHEST, LOWEST, N_BINS, Statistics
 
 

@@ -5,8 +5,8 @@ from typing import overload
 
 from torch import Tensor
 
-from .. import check, dispatch
-from ..features import FeatureCSR
+from ... import check, dispatch
+from ...features import FeatureCSR
 
 run = dispatch.Op("decode", __name__, lambda features, *_: features.values)
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from ..features import FeatureCSR, starts
+from ...activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from ...features import FeatureCSR, starts
 
 
 def encode(
@@ -21,7 +21,7 @@ def encode(
     pre = torch.stack([x @ w for x, w in zip(xs, weights, strict=True)]).sum(0)
     if bias is not None:
         pre = pre + bias
-    score = pre if norm is None else pre * norm
+    score = pre if norm is None else pre.to(torch.promote_types(pre.dtype, torch.float32)) * norm
     keep = selected(score, activation, window)
     tokens, latents = keep.nonzero(as_tuple=True)
     return FeatureCSR(starts(keep.sum(1)), latents.int(), pre[tokens, latents], pre.shape[1])

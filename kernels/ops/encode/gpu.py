@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from ..features import FeatureCSR
+from ...activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from ...features import FeatureCSR, starts
 from .product_gpu import Gated, multiply, padded
-from .select_gpu import above, starts, top
+from .select_gpu import above, top
 
 CHUNK = 512 * 2**20
 """Bytes of pre-activations at a time (one token's, if those are more)."""

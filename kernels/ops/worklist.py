@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .features import starts
+from ..features import starts
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 
 ROWS = 16
 """Decoder rows in flight per program."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import check, dispatch
-from ..features import FeatureCSR
+from ... import check, dispatch
+from ...features import FeatureCSR
 
 run = dispatch.Op("attribute", __name__, lambda gradients, *_: gradients[0])
 

@@ -13,9 +13,8 @@ steps as there are bits in which candidates differ.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR, starts
 from .product_gpu import GROUP, Gated
 
 BITS = {torch.bfloat16: 15, torch.float16: 18, torch.float32: 31}
@@ -56,11 +55,6 @@ def _select(gated: Gated, floor: float, k: int) -> FeatureCSR:
     values = torch.empty(len(indices), dtype=p.dtype, device=p.device)
     write[grid](*row, indptr, kths, rooms, indices, values, **way)
     return FeatureCSR(indptr, indices, values, gated.n_latents)
-
-
-def starts(counts: Tensor) -> Tensor:
-    """Where each of consecutive groups of these sizes [n] starts, and the total: int64 [n + 1]."""
-    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
 
 
 @triton.jit

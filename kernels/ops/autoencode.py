@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import check
-from .activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from .. import check
+from ..activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from ..features import FeatureCSR, starts
 from .backward import run as backward
 from .decode import run as decode
 from .encode import fitting, refuse_nonfinite
 from .encode import run as encode
-from .features import FeatureCSR, starts
 
 
 class Autoencoded(NamedTuple):

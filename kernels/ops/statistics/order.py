@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 from .record import HIGHEST, LOWEST, N_BINS
 
 

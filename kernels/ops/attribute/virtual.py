@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .. import check
-from ..features import FeatureCSR
+from ... import check
+from ...features import FeatureCSR
 
 
 def virtual_weights(source: FeatureCSR, W_dec: Tensor, target: FeatureCSR, W_enc: Tensor) -> list[Tensor]:

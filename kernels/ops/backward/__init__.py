@@ -1,5 +1,5 @@
 """Gradients of encode and decode together, from one pass over the activations ordered by latent."""
 
-from .. import dispatch
+from ... import dispatch
 
 run = dispatch.Op("backward", __name__, lambda features, *_: features.values)

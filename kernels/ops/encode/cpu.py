@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from ..features import FeatureCSR, starts
+from ...activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from ...features import FeatureCSR, starts
 
 TOKENS, LATENTS = 1024, 2048
 """A tile: 8 MB of float32."""

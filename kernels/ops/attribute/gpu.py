@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 from ..worklist import worklist
 
 TILES = (16, 32, 64)
@@ -26,7 +26,7 @@ DEPTH = 128
 
 
 def attribute(gradients: Sequence[Tensor], features: FeatureCSR, decoders: Sequence[Tensor]) -> Tensor:
-    """See :mod:`heredity.kernels.attribute.reference`, which defines it."""
+    """See :mod:`heredity.kernels.ops.attribute.reference`, which defines it."""
     n_batch, n_positions, _ = gradients[0].shape
     dtype, device = gradients[0].dtype, features.device
     nodes = _tile(-(-features.nnz // max(n_positions, 1)))

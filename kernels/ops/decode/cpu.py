@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 from . import reference
 
 DENSE_FROM = 0.06

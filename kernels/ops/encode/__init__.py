@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import check, dispatch
-from ..activations import Activation, JumpReLU
-from ..features import FeatureCSR
+from ... import check, dispatch
+from ...activations import Activation, JumpReLU
+from ...features import FeatureCSR
 
 
 def encode(

@@ -1,7 +1,7 @@
 """How often, how strongly and where each latent is active, from sparse activations alone."""
 
-from .. import dispatch
-from ..features import FeatureCSR
+from ... import dispatch
+from ...features import FeatureCSR
 from .record import N_BINS, Statistics
 
 __all__ = ["N_BINS", "Statistics", "run", "statistics"]

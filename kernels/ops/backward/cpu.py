@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...features import FeatureCSR
 from ..decode.cpu import DENSE_FROM, rows
-from ..features import FeatureCSR
 from . import reference
 from .gradients import Gradients
 
@@ -21,7 +21,7 @@ def backward(
     extra: Tensor | None,
     want_x: bool,
 ) -> Gradients:
-    """See :func:`heredity.kernels.backward.backward`."""
+    """See :func:`heredity.kernels.ops.backward.backward`."""
     if features.mean_active > DENSE_FROM * features.n_latents:
         return reference.backward(features, active, grads, xs, weights, decoders, extra, want_x)
     on = features.values > 0 if active is None else active

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 from .order import ranked
 from .record import LOWEST, N_BINS, Statistics
 

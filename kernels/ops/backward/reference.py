@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 from .gradients import Gradients
 
 
@@ -19,7 +19,7 @@ def backward(
     extra: Tensor | None,
     want_x: bool,
 ) -> Gradients:
-    """See :func:`heredity.kernels.backward.backward`."""
+    """See :func:`heredity.kernels.ops.backward.backward`."""
     rows, columns = features.tokens, features.indices.long()
     on = features.values > 0 if active is None else active
     of_latents = sum(g @ decoder.T for g, decoder in zip(grads, decoders, strict=True))

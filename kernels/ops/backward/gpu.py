@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...features import FeatureCSR, starts
 from ..decode.gpu import along_columns, rows
-from ..features import FeatureCSR, starts
 from ..worklist import Worklist, worklist
 from .gradients import Gradients
 
@@ -48,7 +48,7 @@ def backward(
     extra: Tensor | None,
     want_x: bool,
 ) -> Gradients:
-    """See :mod:`heredity.kernels.backward.reference`, which defines it."""
+    """See :mod:`heredity.kernels.ops.backward.reference`, which defines it."""
     n_latents, device = features.n_latents, features.device
     values = features.values.contiguous()
     active = values > 0 if active is None else active.contiguous()

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..features import FeatureCSR
+from ...features import FeatureCSR
 from .order import bins, ranked
 from .record import N_BINS, Statistics
 
