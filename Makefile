@@ -55,7 +55,7 @@ if [ $$status -ne $(2) ]; then echo "demo/$(1): exit status $$status, expected $
 endef
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff check
