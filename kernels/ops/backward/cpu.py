@@ -21,7 +21,7 @@ def backward(
     extra: Tensor | None,
     want_x: bool,
 ) -> Gradients:
-    """See :func:`heredity.kernels.ops.backward.backward`."""
+    """See :mod:`heredity.kernels.ops.backward.reference`, which defines it."""
     if features.mean_active > DENSE_FROM * features.n_latents:
         return reference.backward(features, active, grads, xs, weights, decoders, extra, want_x)
     on = features.values > 0 if active is None else active

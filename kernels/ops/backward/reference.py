@@ -19,7 +19,16 @@ def backward(
     extra: Tensor | None,
     want_x: bool,
 ) -> Gradients:
-    """See :func:`heredity.kernels.ops.backward.backward`."""
+    """Gradients of a dictionary that encodes ``xs`` into ``features`` and decodes these.
+
+    Args:
+        features: what is stored; latents that are not active may be among it, for the pseudo-derivative of JumpReLU.
+        active: bool [N], which of it is active; None for all above zero.
+        grads: gradients [T, D] with respect to the reconstructions, one per model.
+        xs, weights, decoders: [T, D], [D, F] and [F, D], one of each per model.
+        extra: [N], further gradients with respect to the values.
+        want_x: whether ``xs`` need gradients.
+    """
     rows, columns = features.tokens, features.indices.long()
     on = features.values > 0 if active is None else active
     of_latents = sum(g @ decoder.T for g, decoder in zip(grads, decoders, strict=True))
