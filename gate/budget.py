@@ -62,7 +62,7 @@ def budget(name: Name, parameters: int, vocabulary: int, context: int, *, given:
         amplified_length=min(40, context - 4),
         swept=0 if small else 3072 * 2**level,
         replicate=given,
-        null_draws=19 if small else (9, 19, 39)[level],
+        null_draws=19 if small else (10, 19, 39)[level],
         null_tokens=max(1_500, tokens // 4),
         drift_tokens=max(1_000, tokens // 4),
         behaviours=4 * 2**level,

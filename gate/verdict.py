@@ -17,8 +17,8 @@ def material(behaviour: Behaviour, policy: Policy) -> bool:
 
 
 def beyond_null(behaviour: Behaviour, policy: Policy) -> bool:
-    """Whether null successors show an effect as large no more often than the policy allows."""
-    return behaviour.false_alarm <= policy.false_alarm
+    """Whether null successors show an effect as large more seldom than the policy's level."""
+    return behaviour.false_alarm < policy.false_alarm
 
 
 def findings(behaviours: Sequence[Behaviour], policy: Policy) -> tuple[Finding, ...]:
@@ -68,7 +68,7 @@ def decide(
         for f in unsure
     ]
     reasons += [
-        f"The successor {b.title}: {_nats(b.effect)}, but its false-alarm level of {share(b.false_alarm)} is above the "
+        f"The successor {b.title}: {_nats(b.effect)}, but its false-alarm level of {share(b.false_alarm)} is not below the "
         f"policy's {share(policy.false_alarm)}: it cannot be told from a meaningless change of the same size."
         for b in doubtful
     ]
