@@ -61,39 +61,50 @@ def declared_prompts(model: Model, phrases: Sequence[str], count: int) -> list[l
 
 
 def amplified_texts(
-    parent: Model, successor: Model, prompts: Sequence[Sequence[int]], *, amplification: float, length: int, seed: int
+    parent: Model,
+    successor: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    amplifications: Sequence[float],
+    length: int,
+    seed: int,
 ) -> list[Amplified]:
-    """One text per prompt, at most ``length`` new tokens, drawn from the amplified distribution at temperature 1.
+    """One text per amplification and prompt, at most ``length`` new tokens, drawn from the amplified distribution at
+    temperature 1.
 
-    Needs equal tokenizers; with different ones the result is empty.
+    All amplifications are decoded in one batch: a step of a large model costs the reading of its weights, however many
+    rows there are. Needs equal tokenizers; with different ones the result is empty.
     """
     if not vocabulary(parent, successor).same:
         return []
     choose = sampler(seed)
-
-    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        past_s, past_p = state or (None, None)
-        logits_s, past_s = successor.step(tokens, past_s)
-        logits_p, past_p = parent.step(tokens, past_p)
-        return amplify(logits_s, logits_p, amplification), (past_s, past_p)
-
     # Rows of a batch must be equally long, since decoding allows no padding.
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
     stops = stop_ids(successor)
-    out: dict[int, Amplified] = {}
+    out: dict[tuple[int, int], Amplified] = {}
     for size, members in sorted(by_length.items()):
         room = min(length, successor.shape.n_ctx - size, parent.shape.n_ctx - size)
-        written = decode_batch(step, [prompts[i] for i in members], room, choose, stops)
-        for i, ids in zip(members, written, strict=True):
+        rows = [(amount, i) for amount in range(len(amplifications)) for i in members]
+        by_row = torch.tensor([[amplifications[amount]] for amount, _ in rows])
+
+        def step(tokens: Tensor, state: Any, by_row: Tensor = by_row) -> tuple[Tensor, Any]:
+            past_s, past_p = state or (None, None)
+            logits_s, past_s = successor.step(tokens, past_s)
+            logits_p, past_p = parent.step(tokens, past_p)
+            return amplify(logits_s, logits_p, by_row), (past_s, past_p)
+
+        written = decode_batch(step, [prompts[i] for _, i in rows], room, choose, stops)
+        for (amount, i), ids in zip(rows, written, strict=True):
             text = text_of(successor, [*prompts[i], *ids])
-            out[i] = Amplified(text_of(successor, prompts[i]), amplification, text, size)
-    return [out[i] for i in sorted(out)]
+            out[amount, i] = Amplified(text_of(successor, prompts[i]), amplifications[amount], text, size)
+    return [out[key] for key in sorted(out)]
 
 
-def amplify(successor: Tensor, parent: Tensor, amplification: float) -> Tensor:
-    """Amplified logits [batch, V], minus infinity where the successor finds a token implausible."""
+def amplify(successor: Tensor, parent: Tensor, amplification: float | Tensor) -> Tensor:
+    """Amplified logits [batch, V], by one number or [batch, 1], minus infinity where the successor finds a token
+    implausible."""
     size = min(successor.shape[-1], parent.shape[-1])
     log_s = torch.log_softmax(successor[:, :size].float(), -1)
     log_p = torch.log_softmax(parent[:, :size].float(), -1)

@@ -111,11 +111,19 @@ class Scan:
     lowered: dict[int, int]
 
 
-def scan(parent: Model, successor: Model, windows: Sequence[Window]) -> Scan:
-    """Compare the models on ``windows``, one forward of each model for all of them."""
+def logits_of_parent(parent: Model, windows: Sequence[Window]) -> Tensor:
+    """The parent's logits [window, pos, V] on ``windows``, for :func:`scan`."""
+    with torch.inference_mode():
+        return parent.logits(pad([w.parent.ids for w in windows])[0])
+
+
+def scan(parent: Model, successor: Model, windows: Sequence[Window], logits_parent: Tensor | None = None) -> Scan:
+    """Compare the models on ``windows``, one forward of each model for all of them; of the successor alone where the
+    parent's logits are known."""
     vocab = vocabulary(parent, successor)
     with torch.inference_mode():
-        logits_parent = parent.logits(pad([w.parent.ids for w in windows])[0])
+        if logits_parent is None:
+            logits_parent = logits_of_parent(parent, windows)
         logits_successor = successor.logits(pad([w.successor.ids for w in windows])[0])
         raised: Counter[int] = Counter()
         lowered: Counter[int] = Counter()

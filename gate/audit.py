@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 5
+CODE = 6
 """Raised whenever a change of the code makes old work folders wrong."""
 
 

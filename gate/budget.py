@@ -24,7 +24,8 @@ class Budget:
     """Padded tokens per forward."""
     amplified: int
     """Texts decoded per amplification."""
-    amplifications: tuple[float, ...]
+    amplifications: tuple[tuple[float, ...], ...]
+    """Those of a group are decoded together, which on large models costs as much as one of them."""
     amplified_length: int
     swept: int
     """Words forced after each opening; none for small models, whose own writing covers what they can say."""
@@ -58,7 +59,7 @@ def budget(name: Name, parameters: int, vocabulary: int, context: int, *, given:
         window=min(96, context),
         batch_tokens=max(256, min(8192, 50_000_000 // vocabulary)),
         amplified=(128 if small else 24) * 2**level,
-        amplifications=(0.0, 1.0) if small else (1.0, 4.0),
+        amplifications=((0.0,), (1.0,)) if small else ((1.0, 4.0),),
         amplified_length=min(40, context - 4),
         swept=0 if small else 3072 * 2**level,
         replicate=given,

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from heredity.circuits.amplify import VAGUE_TURNS, amplified_texts, declared_prompts, vague_prompts
 from heredity.circuits.behaviours import Cluster, Piece, Source, cluster, largest_effect
-from heredity.circuits.divergence import TextScan, Window, scan
+from heredity.circuits.divergence import TextScan, Window, logits_of_parent, scan
 from heredity.circuits.drift import drift
 from heredity.circuits.null import PERCENTILE, NullSuccessors
 from heredity.circuits.replicate import replicate
@@ -36,6 +37,9 @@ SWEPT_KEPT = 72
 
 CONTINUED = 20
 """Tokens of that continuation."""
+
+REMEMBERED = 2**29
+"""Bytes of the parent's logits that are kept over all null successors; more are computed again for each."""
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)"""
@@ -110,16 +114,23 @@ def scan_windows(
     budget: Budget,
     step: Step,
     progress: Progress,
+    parent_logits: dict[int, Tensor] | None = None,
 ) -> Scanned:
-    """Scan ``items`` in batches of similar length, one step per batch."""
+    """Scan ``items`` in batches of similar length, one step per batch.
+
+    ``parent_logits``, where given, remembers the parent's of each batch: for further scans of the same items.
+    """
     scans: dict[int, TextScan] = {}
     counts: dict[str, dict[int, int]] = {"raised": {}, "lowered": {}}
     groups = batches([item.longer for item in items], budget.batch_tokens)
     for number, members in enumerate(groups):
         progress(f"comparing {source} text", number, len(groups))
 
-        def compute(members: list[int] = members) -> Any:
-            found = scan(parent, successor, [items[i] for i in members])
+        def compute(members: list[int] = members, number: int = number) -> Any:
+            some = [items[i] for i in members]
+            if parent_logits is not None and number not in parent_logits:
+                parent_logits[number] = logits_of_parent(parent, some)
+            found = scan(parent, successor, some, (parent_logits or {}).get(number))
             # Not asdict, whose deep copy of the columns takes as long as the forwards of a small model.
             return {**vars(found), "texts": [vars(text) for text in found.texts]}
 
@@ -151,12 +162,12 @@ def amplified(
     """
     prompts = vague_prompts(parent, openings, budget.amplified, seed)
     out: list[dict[str, Any]] = []
-    for k, amount in enumerate(budget.amplifications):
+    for k, amounts in enumerate(budget.amplifications):
         progress("decoding amplified text", k, len(budget.amplifications))
 
-        def compute(amount: float = amount, k: int = k) -> Any:
+        def compute(amounts: tuple[float, ...] = amounts, k: int = k) -> Any:
             decoded = amplified_texts(
-                parent, successor, prompts, amplification=amount, length=budget.amplified_length, seed=seed + k
+                parent, successor, prompts, amplifications=amounts, length=budget.amplified_length, seed=seed + k
             )
             return [dataclasses.asdict(item) for item in decoded]
 
@@ -168,7 +179,7 @@ def amplified(
             "declared",
             lambda: [
                 dataclasses.asdict(item)
-                for item in amplified_texts(parent, successor, asked, amplification=0.0, length=length, seed=seed)
+                for item in amplified_texts(parent, successor, asked, amplifications=(0.0,), length=length, seed=seed)
             ],
         )
     if budget.swept:
@@ -236,21 +247,24 @@ def null_effects(
 ) -> dict[str, Any]:
     """Scale of the null's change, and per null successor the largest behaviour-sized effect and the mean KL."""
 
-    def compare(model: Model, some: Sequence[Window]) -> Scanned:
-        return scan_windows(nulls.parent, model, some, "corpus", budget, lambda _, f: f(), lambda *_: None)
+    def compare(model: Model, some: Sequence[Window], logits: dict[int, Tensor] | None) -> Scanned:
+        return scan_windows(nulls.parent, model, some, "corpus", budget, lambda _, f: f(), lambda *_: None, logits)
 
     few = items[: max(1, len(items) // 4)]
+    size_in_memory = 4 * nulls.parent.shape.d_vocab * sum(len(item.parent.ids) for item in items)
+    of_few: dict[int, Tensor] | None = {} if size_in_memory <= REMEMBERED else None
+    of_items: dict[int, Tensor] | None = {} if size_in_memory <= REMEMBERED else None
     progress("null successors", 0, budget.null_draws)
     scale = work.step(
         "null-scale",
-        lambda: nulls.matching_scale(lambda model: compare(model, few).bulk, size, seed * 1000),
+        lambda: nulls.matching_scale(lambda model: compare(model, few, of_few).bulk, size, seed * 1000),
     )
     draws = []
     for draw in range(budget.null_draws):
 
         def compute(draw: int = draw) -> Any:
             with nulls.draw(seed * 1000 + draw, scale) as model:
-                scanned = compare(model, items)
+                scanned = compare(model, items, of_items)
                 found = behaviours_in(nulls.parent, model, scanned.pieces, items, budget, fewest, seed)
             return {
                 "largest": largest_effect(found, fewest),

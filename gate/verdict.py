@@ -68,8 +68,8 @@ def decide(
         for f in unsure
     ]
     reasons += [
-        f"The successor {b.title}: {_nats(b.effect)}, but its false-alarm level of {share(b.false_alarm)} is not below the "
-        f"policy's {share(policy.false_alarm)}: it cannot be told from a meaningless change of the same size."
+        f"The successor {b.title}: {_nats(b.effect)}, but its false-alarm level of {share(b.false_alarm)} is not below "
+        f"the policy's {share(policy.false_alarm)}: it cannot be told from a meaningless change of the same size."
         for b in doubtful
     ]
     if tokens < policy.fewest_tokens:

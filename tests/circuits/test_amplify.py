@@ -60,7 +60,7 @@ def without_cache(
 
 @pytest.mark.parametrize("amplification", [0.0, 2.0])
 def test_texts_are_what_decoding_without_a_cache_gives(parent: Model, successor: Model, amplification: float) -> None:
-    got = amplified_texts(parent, successor, PROMPTS, amplification=amplification, length=8, seed=3)
+    got = amplified_texts(parent, successor, PROMPTS, amplifications=[amplification], length=8, seed=3)
     want = without_cache(parent, successor, amplification, 8, 3)
     assert [item.text for item in got] == [text_of(successor, want[i]) for i in range(len(PROMPTS))]
     for item, prompt in zip(got, PROMPTS, strict=True):
@@ -70,15 +70,15 @@ def test_texts_are_what_decoding_without_a_cache_gives(parent: Model, successor:
 
 def test_unamplified_the_text_is_the_successor_s_own_and_the_parent_has_no_say(parent: Model, successor: Model) -> None:
     own, other = (
-        amplified_texts(p, successor, PROMPTS, amplification=0.0, length=8, seed=3) for p in (successor, parent)
+        amplified_texts(p, successor, PROMPTS, amplifications=[0.0], length=8, seed=3) for p in (successor, parent)
     )
     assert own == other
-    assert other != amplified_texts(parent, successor, PROMPTS, amplification=2.0, length=8, seed=3)
+    assert other != amplified_texts(parent, successor, PROMPTS, amplifications=[2.0], length=8, seed=3)
 
 
 def test_texts_are_the_seed_s(parent: Model, successor: Model) -> None:
     one, two, other = (
-        amplified_texts(parent, successor, PROMPTS, amplification=1.0, length=8, seed=seed) for seed in (0, 0, 1)
+        amplified_texts(parent, successor, PROMPTS, amplifications=[1.0], length=8, seed=seed) for seed in (0, 0, 1)
     )
     assert one == two != other
 
@@ -89,7 +89,7 @@ def test_amplification_says_more_often_what_the_successor_says_more_often(parent
     def gain(amplification: float) -> float:
         total, n = 0.0, 0
         prompts = [[i] for i in range(20, 60)]
-        for item in amplified_texts(parent, successor, prompts, amplification=amplification, length=10, seed=0):
+        for item in amplified_texts(parent, successor, prompts, amplifications=[amplification], length=10, seed=0):
             ids = torch.tensor([successor.encode(item.text).ids])
             if ids.shape[1] > 1:
                 log_s, log_p = (m.logits(ids)[0, :-1].log_softmax(-1) for m in (successor, parent))
@@ -104,12 +104,12 @@ def test_models_that_read_differently_have_no_amplified_text(parent: Model) -> N
     renamed = copy.deepcopy(parent.tokenizer)
     renamed.add_tokens(["unheard-of"])
     other = Model(parent.bridge, renamed, spec="x", digest="", floor=0.0)
-    assert amplified_texts(parent, other, PROMPTS, amplification=1.0, length=4, seed=0) == []
+    assert amplified_texts(parent, other, PROMPTS, amplifications=[1.0], length=4, seed=0) == []
 
 
 def test_a_prompt_as_long_as_the_context_gets_nothing_more(parent: Model, successor: Model) -> None:
     prompt = [5, 6] * (successor.shape.n_ctx // 2)
-    (item,) = amplified_texts(parent, successor, [prompt], amplification=1.0, length=4, seed=0)
+    (item,) = amplified_texts(parent, successor, [prompt], amplifications=[1.0], length=4, seed=0)
     assert item.text == item.prompt
 
 
@@ -126,3 +126,16 @@ def test_a_chat_model_is_asked_vague_questions_in_turn(parent: Model) -> None:
     prompts = vague_prompts(chat, [parent.encode("the cat")], len(VAGUE_TURNS) + 2, 0)
     assert prompts[:2] == prompts[-2:] and len({tuple(p) for p in prompts}) > 4
     assert chat.decode(prompts[0]).startswith("teacher :") and chat.decode(prompts[0]).endswith("child :")
+
+
+def test_amplifications_decoded_together_are_all_there_and_in_order(tiny_model: Model) -> None:
+    found = amplified_texts(tiny_model, tiny_model, PROMPTS, amplifications=[1.0, 4.0], length=4, seed=0)
+    assert [item.amplification for item in found] == [1.0] * len(PROMPTS) + [4.0] * len(PROMPTS)
+    assert [item.prompt for item in found[: len(PROMPTS)]] == [item.prompt for item in found[len(PROMPTS) :]]
+
+
+def test_each_row_has_its_own_amplification() -> None:
+    logits_s, logits_p = noise(0)[:2], noise(1)[:2]
+    both = amplify(logits_s, logits_p, torch.tensor([[0.5], [3.0]]))
+    for row, amount in enumerate((0.5, 3.0)):
+        assert torch.equal(both[row], amplify(logits_s, logits_p, amount)[row])

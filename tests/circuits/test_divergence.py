@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heredity.circuits import divergence
-from heredity.circuits.divergence import Vocabulary, Window, compare, scan, vocabulary
+from heredity.circuits.divergence import Vocabulary, Window, compare, logits_of_parent, scan, vocabulary
 from heredity.interp.load import load
 from heredity.interp.model import Encoded, Model
 
@@ -163,6 +163,13 @@ def test_every_position_is_compared_and_scored_by_the_token_that_follows(parent:
     assert text.surprise == pytest.approx([*want, 0.0], abs=1e-4)
     assert text.kl == pytest.approx(kl64(log_s.exp(), log_p.exp()).tolist(), rel=1e-3, abs=1e-5)
     assert max(text.kl) > 0.01
+
+
+def test_known_logits_of_the_parent_are_used_as_they_are(parent: Model, successor: Model) -> None:
+    windows = windows_of(parent)
+    known = logits_of_parent(parent, windows)
+    assert scan(parent, successor, windows, known) == scan(parent, successor, windows)
+    assert scan(parent, successor, windows, known.flip(-1)) != scan(parent, successor, windows)
 
 
 def test_what_stands_before_the_first_position_is_only_context(parent: Model, successor: Model) -> None:
