@@ -11,7 +11,7 @@ from torch import Tensor
 from ...features import FeatureCSR
 from . import reference
 
-DENSE_FROM = 0.06
+DENSE_FROM = 0.11
 """Share of active latents from which the dense product is faster; ``benchmarks/kernels.py --crossover`` measures it."""
 
 
