@@ -109,7 +109,7 @@ def no_driver() -> str | None:
     try:
         from triton.runtime import driver
 
-        target = driver.active.get_current_target()
+        target: Any = driver.active.get_current_target()
     except ImportError:
         return "triton is not installed"
     except RuntimeError as error:

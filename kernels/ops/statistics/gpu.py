@@ -4,6 +4,9 @@ Sums therefore come out the same in every run. A latent that is active everywher
 values, which for the parts a stream is done in is short.
 """
 
+# Launch options are no parameters of a kernel.
+# pyright: reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl
