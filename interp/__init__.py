@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import (
         AdapterError,
         CorpusError,
+        DictionaryError,
         HeredityError,
         ModelError,
         OutputError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AdapterError": "errors",
     "CorpusError": "errors",
+    "DictionaryError": "errors",
     "Encoded": "model",
     "HeredityError": "errors",
     "Model": "model",
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "AdapterError",
     "CorpusError",
+    "DictionaryError",
     "Encoded",
     "HeredityError",
     "Model",

@@ -65,6 +65,12 @@ class StoreError(HeredityError):
     page = "store"
 
 
+class DictionaryError(HeredityError):
+    """A sparse dictionary that cannot be read, is ambiguous, or does not fit the model."""
+
+    page = "dictionary"
+
+
 class PolicyError(HeredityError):
     """A policy or intent file that is malformed."""
 

@@ -1,0 +1,1 @@
+"""Dictionary files, one module a format."""

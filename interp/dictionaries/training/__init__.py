@@ -1,0 +1,1 @@
+"""Training dictionaries from activation stores or from running models."""
