@@ -174,7 +174,9 @@ def _fitting(values: Tensor, store: Store, site: str) -> Tensor:
 
 def _shape(model: Model, name: str) -> list[int]:
     site = model.site(name)
-    return [model.shape.n_heads, model.shape.d_head] if site.kind == "attn_z" else [model.shape.d_model]
+    heads = {"attn_q": model.shape.n_heads, "attn_z": model.shape.n_heads}
+    heads |= {"attn_k": model.shape.n_kv_heads, "attn_v": model.shape.n_kv_heads}
+    return [heads[site.kind], model.shape.d_head] if site.kind in heads else [model.shape.d_model]
 
 
 def _by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

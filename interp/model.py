@@ -131,8 +131,9 @@ class Model:
             raise SiteError(
                 f"no site {name!r} in this {self.shape.architecture}",
                 where=self.spec,
-                remedy=f"Use one of: embed, final, resid_pre@L, resid_mid@L, resid_post@L, attn_out@L, attn_z@L, "
-                f"attn_head@L.H, mlp_in@L, mlp_out@L with L < {self.shape.n_layers}, H < {self.shape.n_heads}.",
+                remedy=f"Use one of: embed, final, resid_pre@L, resid_mid@L, resid_post@L, attn_out@L, attn_q@L, "
+                f"attn_k@L, attn_v@L, attn_z@L, attn_head@L.H, mlp_in@L, mlp_out@L "
+                f"with L < {self.shape.n_layers}, H < {self.shape.n_heads}.",
             )
         return site
 

@@ -1,8 +1,10 @@
 """Site names and the TransformerBridge hook each one stands for: the only place that knows both.
 
 ``embed`` · ``final`` (input of the last norm) · ``resid_pre@L`` · ``resid_mid@L`` · ``resid_post@L`` ·
-``attn_out@L`` · ``attn_z@L`` (head values before the output projection, [batch, pos, head, d_head]) ·
-``mlp_in@L`` · ``mlp_out@L`` · ``attn_head@L.H`` (one head's write to the residual stream).
+``attn_out@L`` · ``attn_q@L``, ``attn_k@L``, ``attn_v@L`` (what the projections return, before rotation,
+[batch, pos, head, d_head]; keys and values have a row per key-value head) · ``attn_z@L`` (head values before the output
+projection, [batch, pos, head, d_head]) · ``mlp_in@L`` · ``mlp_out@L`` · ``attn_head@L.H`` (one head's write to the
+residual stream).
 Unless said otherwise a site's value is [batch, pos, d_model].
 
 ``embed`` is the token embedding alone: learned positions (GPT-2) and Gemma's scaling come after it, before
@@ -20,6 +22,9 @@ _HOOKS = {
     "resid_mid": "blocks.{layer}.hook_resid_mid",
     "resid_post": "blocks.{layer}.hook_out",
     "attn_out": "blocks.{layer}.attn.hook_out",
+    "attn_q": "blocks.{layer}.attn.q.hook_out",
+    "attn_k": "blocks.{layer}.attn.k.hook_out",
+    "attn_v": "blocks.{layer}.attn.v.hook_out",
     "attn_z": "blocks.{layer}.attn.o.hook_in",
     "mlp_in": "blocks.{layer}.mlp.hook_in",
     "mlp_out": "blocks.{layer}.mlp.hook_out",
