@@ -21,7 +21,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = ("numpy", "scipy", "torch", "transformers", "transformer_lens", "sympy", "plotly", "pandas", "pydantic", "datasets", "fsspec")
+PACKAGES = (
+    *("numpy", "scipy", "torch", "transformers", "transformer_lens"),
+    *("sympy", "plotly", "pandas", "pydantic", "datasets", "fsspec"),
+)
 LONGEST, SHORTEST = 900, 160
 
 
