@@ -49,7 +49,7 @@ PEERS = {
     "dictionary_learning": Peer(
         "dictionary-learning",
         "0.1.0",
-        ("accelerate", "diffusers", "einops", "pydantic", "python-socketio[client]", "transformers"),
+        ("accelerate", "diffusers", "einops", "pydantic", "python-socketio[client]", "transformers", "wandb"),
         ("nnsight==0.3.7",),
     ),
     "llamascopium": Peer(
