@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .contexts import Contexts
+    from .measure import explain
     from .record import Example, Explanation
     from .rules import Rule
 
@@ -16,9 +17,10 @@ _HOME = {
     "Example": "record",
     "Explanation": "record",
     "Rule": "rules",
+    "explain": "measure",
 }
 
-__all__ = ["Contexts", "Example", "Explanation", "Rule"]
+__all__ = ["Contexts", "Example", "Explanation", "Rule", "explain"]
 
 
 def __getattr__(name: str) -> Any:
