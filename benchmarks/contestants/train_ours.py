@@ -33,3 +33,6 @@ class Rows:
         assert batch == self.job.batch, "the batches of the file are not of this size"
         for rows in self.job.batches():
             yield (rows,)
+
+
+VARIANTS = {}
