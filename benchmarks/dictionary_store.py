@@ -1,4 +1,4 @@
-"""What ``heredity train-dictionary`` needs for a store of a million tokens, and what being killed changes of its result.
+"""What ``heredity train-dictionary`` needs for a store of a million tokens, and whether being killed changes anything.
 
     python benchmarks/dictionary_store.py --work WORK [--latents 16384] [--record]
 
@@ -47,7 +47,7 @@ def main() -> int:
     same, tokens = written[0] == written[1], json.loads((args.work / "store" / "manifest.json").read_text())["n_tokens"]
     text = (
         f"## A dictionary from a store, {date.today().isoformat()}\n\n`heredity train-dictionary`, {args.latents} "
-        f"latents, k {args.k}, batches of {args.batch}, one pass over {tokens} tokens of SmolLM2-135M at {SITE}, stored "
+        f"latents, k {args.k}, batches of {args.batch}, one pass over {tokens} tokens of SmolLM2-135M at {SITE}, kept "
         f"as float16. {processor()}, {args.threads} threads: {seconds:.0f} s, peak {peak / 1e9:.2f} GB. Killed after "
         f"{early:.0f} s and run again: {late:.0f} s more, peak {again / 1e9:.2f} GB, "
         f"{'the same' if same else '**other**'} bytes in {', '.join(written[0])}. `benchmarks/dictionary_store.py`.\n"
