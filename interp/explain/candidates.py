@@ -5,7 +5,7 @@ balanced accuracy minus 1). For a family of sets, such as "this token is one of 
 ``bincount``: the members whose own gain is worth their cost.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ RULE_COST = 0.01
 ITEM_COST = 0.002
 MOST_ITEMS = 32
 WINDOWS = (4, 16)
-_LOOK_BACK = 32
+_LOOK_BACK = 24
 _FEW_ITEMS = 6
 
 
@@ -54,13 +54,17 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class _Column:
-    """A value of each token out of many: codes int64 [T] (0: none), and rules for sets of values."""
+    """A value of each token out of many: codes int64 [T] below ``size`` (0: none), and rules for sets of values.
+
+    A set has at most ``most`` values of ``length`` tokens each; ``negatable`` where "none of these" is worth trying.
+    """
 
     codes: np.ndarray
     size: int
     rule: Callable[[Sequence[int]], Rule]
-    most: int
-    negatable: bool
+    most: int = MOST_ITEMS
+    length: int = 1
+    negatable: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +98,7 @@ class Catalogue:
             ids = tuple(int(known[code]) for code in chosen)
             return TokenIn(offset=offset, ids=ids, names=tuple(self.contexts.names[i] for i in ids))
 
-        return _Column(codes[:-1].astype(np.int64), len(known), rule, MOST_ITEMS, True)
+        return _Column(codes[:-1].astype(np.int64), len(known), rule, negatable=True)
 
     def _grams(self, n: int) -> _Column:
         columns = np.stack([self.contexts.shifted(offset) for offset in range(1 - n, 1)])
@@ -107,7 +111,7 @@ class Catalogue:
             grams = tuple(tuple(known[:, code - 1].tolist()) for code in chosen)
             return Ngram(grams=grams, names=tuple(tuple(self.contexts.names[i] for i in gram) for gram in grams))
 
-        return _Column(every, known.shape[1] + 1, rule, MOST_ITEMS, False)
+        return _Column(every, known.shape[1] + 1, rule, length=n)
 
     def _affixes(self) -> list[_Column]:
         known, form = self.contexts.forms
@@ -121,7 +125,7 @@ class Catalogue:
                 def rule(chosen: Sequence[int], end: str = end, texts: list[str] = texts) -> Rule:
                     return Affix(end="starts" if end == "starts" else "ends", texts=tuple(texts[i] for i in chosen))
 
-                made.append(_Column(code[form], len(texts), rule, _FEW_ITEMS, False))
+                made.append(_Column(code[form], len(texts), rule, _FEW_ITEMS))
         return made
 
     def candidates(self, sample: Sample, promoted: Promoted | None, *, refining: bool) -> list[Candidate]:
@@ -148,8 +152,8 @@ class Catalogue:
                 chosen = _worth(sign * gains, codes, sample, sign, column.most)
                 if not chosen:
                     continue
-                rule, held = column.rule(chosen), np.isin(codes, chosen)
-                cost = RULE_COST + ITEM_COST * len(chosen)
+                rule, held = column.rule(chosen), _among(codes, chosen, column.size)
+                cost = RULE_COST + ITEM_COST * column.length * len(chosen)
                 if sign < 0:
                     rule, held, cost = Not(rule=rule), ~held, cost + RULE_COST / 2
                 made.append(_candidate(rule, held, sample, cost))
@@ -157,11 +161,11 @@ class Catalogue:
 
     def _from_flags(self, sample: Sample) -> list[Candidate]:
         rules, masks = self.flags
-        held = masks[:, sample.rows]
+        held, whole = masks[:, sample.rows], float(sample.weights.sum())
         made = []
-        for rule, mask in zip(rules, held, strict=True):
-            made.append(_candidate(rule, mask, sample, RULE_COST))
-            made.append(_candidate(Not(rule=rule), ~mask, sample, RULE_COST * 1.5))
+        for rule, mask, gain in zip(rules, held, (held @ sample.weights).tolist(), strict=True):
+            made.append(Candidate(rule, mask, gain, RULE_COST))
+            made.append(Candidate(Not(rule=rule), ~mask, whole - gain, RULE_COST * 1.5))
         return made
 
     def _from_position(self, sample: Sample) -> list[Candidate]:
@@ -178,37 +182,40 @@ class Catalogue:
         return [_candidate(rule, held, sample, RULE_COST + ITEM_COST * (first > 0 and not open_ended))]
 
     def _from_recent(self, sample: Sample) -> list[Candidate]:
-        contexts, made = self.contexts, []
-        back = sample.rows[:, None] - np.arange(1, _LOOK_BACK + 1)
-        inside = back >= contexts.starts[contexts.text[sample.rows]][:, None]
-        back = np.maximum(back, 0)
-        # Each earlier token counts once, at its last occurrence.
-        inside &= contexts.later_same[back] >= sample.rows[:, None]
-        in_line = inside & (back >= contexts.places.line[sample.rows][:, None])
-        views = [(window, inside[:, :window]) for window in WINDOWS]
-        for within, seen in [*views, (None, in_line)]:
-            ids = contexts.ids[back[:, : seen.shape[1]]]
-            at, _ = np.nonzero(seen)
-            found = ids[seen]
-            if not len(found):
-                continue
-            known, codes = np.unique(found, return_inverse=True)
-            gains = np.bincount(codes, sample.weights[at], len(known))
-            chosen = _worth(gains, codes, sample.where(at), 1, _FEW_ITEMS, least=ITEM_COST * 5)
-            best: Candidate | None = None
-            held = np.zeros(len(sample.rows), dtype=bool)
+        made: list[Candidate] = []
+        tokens = self.columns[0]
+        for within, at, rows in self._earlier(sample.rows):
+            codes = tokens.codes[rows]
+            gains = np.bincount(codes, sample.weights[at], tokens.size)
+            chosen = _worth(gains, codes, sample.where(at), 1, _FEW_ITEMS, least=RULE_COST)
+            held, best = np.zeros(len(sample.rows), dtype=bool), None
             for count, code in enumerate(chosen, 1):
-                more = held.copy()
-                more[at[codes == code]] = True
-                rule_ids = tuple(int(known[c]) for c in chosen[:count])
-                names = tuple(contexts.names[i] for i in rule_ids)
-                rule = Recent(within=within, ids=rule_ids, names=names)
-                made_now = _candidate(rule, more, sample, RULE_COST + ITEM_COST * count)
-                if best is not None and made_now.net <= best.net:
+                held = held.copy()
+                held[at[codes == code]] = True
+                words = tokens.rule(chosen[:count])
+                assert isinstance(words, TokenIn)
+                rule = Recent(within=within, ids=words.ids, names=words.names)
+                longer = _candidate(rule, held, sample, RULE_COST + ITEM_COST * count)
+                if best is not None and longer.net <= best.net:
                     break
-                best, held = made_now, more
+                best = longer
             made += [best] if best else []
         return made
+
+    def _earlier(self, rows: np.ndarray) -> Iterator[tuple[int | None, np.ndarray, np.ndarray]]:
+        """For each window: which of ``rows`` looks back, and the row it sees; every id once, at its last occurrence."""
+        contexts = self.contexts
+        begin = np.stack([contexts.starts[contexts.text[rows]], contexts.places.line[rows]])
+        seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for back in range(1, _LOOK_BACK + 1):
+            to = rows - back
+            at = np.flatnonzero(to >= begin[0])
+            at = at[contexts.later_same[to[at]] >= rows[at]]
+            seen.append((at, to[at], to[at] >= begin[1, at]))
+            if back in WINDOWS:
+                yield back, *(np.concatenate(part) for part in list(zip(*seen, strict=True))[:2])
+        at, to, in_line = (np.concatenate(part) for part in zip(*seen, strict=True))
+        yield None, at[in_line], to[in_line]
 
 
 def _candidate(rule: Rule, mask: np.ndarray, sample: Sample, cost: float) -> Candidate:
@@ -222,8 +229,17 @@ def _worth(
     likely = np.flatnonzero(gains > least)
     if not len(likely):
         return []
-    counts = (sign * sample.weights > 0) & np.isin(codes, likely)
-    pairs = np.unique(np.stack([codes[counts], sample.texts[counts]]), axis=1)
-    support = np.bincount(pairs[0], minlength=len(gains))
-    likely = likely[support[likely] >= 2]
+    counts = (sign * sample.weights > 0) & _among(codes, likely, len(gains))
+    counted, texts = codes[counts], sample.texts[counts]
+    one = np.zeros(len(gains), dtype=np.int64)
+    one[counted] = texts
+    several = np.bincount(counted, one[counted] != texts, len(gains)) > 0
+    likely = likely[several[likely]]
     return likely[np.argsort(-gains[likely], kind="stable")][:most].tolist()
+
+
+def _among(codes: np.ndarray, chosen: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+    """Whether each of ``codes``, below ``size``, is one of ``chosen``."""
+    table = np.zeros(size, dtype=bool)
+    table[chosen] = True
+    return table[codes]

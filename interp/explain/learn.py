@@ -11,7 +11,7 @@ from .candidates import RULE_COST, Candidate, Catalogue, Sample
 from .rules import All, Any, Promoted, Rule
 
 MOST_TERMS = 3
-BEAM = 4
+BEAM = 3
 LEAST_GAIN = 0.02
 SAMPLED = 4096
 """Active tokens, and inactive ones, that are looked at."""
@@ -65,19 +65,19 @@ def learn(sample: Sample, catalogue: Catalogue, promoted: Promoted | None = None
 def _best_term(sample: Sample, catalogue: Catalogue, promoted: Promoted | None) -> Candidate | None:
     found = catalogue.candidates(sample, promoted, refining=False)
     found = sorted(found, key=lambda candidate: -candidate.net)[:BEAM]
-    return max((_narrowed(c, sample, catalogue, promoted) for c in found), key=lambda c: c.net, default=None)
+    best = found[0] if found else None
+    for candidate in found:
+        # A narrower rule can at best take every wrong token away, for the cost of one rule more.
+        right = float(sample.weights[candidate.mask & (sample.weights > 0)].sum())
+        if best is not None and right - candidate.cost - RULE_COST > max(best.net, LEAST_GAIN):
+            best = max(best, _narrowed(candidate, sample, catalogue, promoted), key=lambda c: c.net)
+    return best
 
 
 def _narrowed(candidate: Candidate, sample: Sample, catalogue: Catalogue, promoted: Promoted | None) -> Candidate:
-    """``candidate``, or it and the rule that together with it gains most, whichever is worth more."""
+    """``candidate`` and the rule that together with it gains most."""
     part = sample.where(candidate.mask)
-    wrong = -float(part.weights[part.weights < 0].sum())
-    # All that another rule can do is to take wrong tokens away.
-    if wrong <= RULE_COST or candidate.gain + wrong - candidate.cost < LEAST_GAIN:
-        return candidate
     best = max(catalogue.candidates(part, promoted, refining=True), key=lambda c: c.net)
-    if best.gain - best.cost <= candidate.gain:
-        return candidate
     mask = np.zeros(len(sample.rows), dtype=bool)
     mask[np.flatnonzero(candidate.mask)[best.mask]] = True
     return Candidate(All(rules=(candidate.rule, best.rule)), mask, best.gain, candidate.cost + best.cost)

@@ -2,8 +2,8 @@
 
 **Balanced accuracy** is the mean of the share of active tokens that the rule finds and the share of inactive tokens
 that it leaves out. Against ordinary text the second share is near 1 for any rule that rarely holds, so "a noun" would
-pass for the explanation of a latent that is active on one noun in five. Inactive tokens are therefore weighted: for each
-active token, one inactive occurrence of the same token id as far as there are any, and one inactive token at most
+pass for the explanation of a latent that is active on one noun in five. Inactive tokens are therefore weighted: for
+each active token, one inactive occurrence of the same token id as far as there are any, and one inactive token at most
 ``NEAR`` places away as far as there are any, each of these two kinds at most a third of the weight; the rest of the
 weight is spread evenly over all inactive tokens. A latent that is active on all occurrences of a token has no inactive
 ones of it and loses nothing by that; one that misses 5 % of them has 5 % of the weight there.
