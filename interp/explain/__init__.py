@@ -8,19 +8,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .contexts import Contexts
+    from .endpoint import Endpoint
+    from .language_model import Explainer, Judge, explain_by_model
     from .measure import explain
+    from .nodes import head_features, neuron_features
     from .record import Example, Explanation
     from .rules import Rule
 
 _HOME = {
     "Contexts": "contexts",
+    "Endpoint": "endpoint",
     "Example": "record",
+    "Explainer": "language_model",
     "Explanation": "record",
+    "Judge": "language_model",
     "Rule": "rules",
     "explain": "measure",
+    "explain_by_model": "language_model",
+    "head_features": "nodes",
+    "neuron_features": "nodes",
 }
 
-__all__ = ["Contexts", "Example", "Explanation", "Rule", "explain"]
+__all__ = [
+    "Contexts",
+    "Endpoint",
+    "Example",
+    "Explainer",
+    "Explanation",
+    "Judge",
+    "Rule",
+    "explain",
+    "explain_by_model",
+    "head_features",
+    "neuron_features",
+]
 
 
 def __getattr__(name: str) -> Any:

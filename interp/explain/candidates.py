@@ -22,6 +22,7 @@ MOST_ITEMS = 32
 WINDOWS = (4, 16)
 _LOOK_BACK = 24
 _FEW_ITEMS = 6
+_FEW_SEQUENCES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ class Catalogue:
             grams = tuple(tuple(known[:, code - 1].tolist()) for code in chosen)
             return Ngram(grams=grams, names=tuple(tuple(self.contexts.names[i] for i in gram) for gram in grams))
 
-        return _Column(every, known.shape[1] + 1, rule, length=n)
+        return _Column(every, known.shape[1] + 1, rule, most=_FEW_SEQUENCES, length=n)
 
     def _affixes(self) -> list[_Column]:
         known, form = self.contexts.forms
@@ -206,16 +207,18 @@ class Catalogue:
         """For each window: which of ``rows`` looks back, and the row it sees; every id once, at its last occurrence."""
         contexts = self.contexts
         begin = np.stack([contexts.starts[contexts.text[rows]], contexts.places.line[rows]])
-        seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        ats, tos, in_lines = [], [], []
         for back in range(1, _LOOK_BACK + 1):
             to = rows - back
             at = np.flatnonzero(to >= begin[0])
             at = at[contexts.later_same[to[at]] >= rows[at]]
-            seen.append((at, to[at], to[at] >= begin[1, at]))
+            ats.append(at)
+            tos.append(to[at])
+            in_lines.append(to[at] >= begin[1, at])
             if back in WINDOWS:
-                yield back, *(np.concatenate(part) for part in list(zip(*seen, strict=True))[:2])
-        at, to, in_line = (np.concatenate(part) for part in zip(*seen, strict=True))
-        yield None, at[in_line], to[in_line]
+                yield back, np.concatenate(ats), np.concatenate(tos)
+        in_line = np.concatenate(in_lines)
+        yield None, np.concatenate(ats)[in_line], np.concatenate(tos)[in_line]
 
 
 def _candidate(rule: Rule, mask: np.ndarray, sample: Sample, cost: float) -> Candidate:

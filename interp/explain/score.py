@@ -2,11 +2,12 @@
 
 **Balanced accuracy** is the mean of the share of active tokens that the rule finds and the share of inactive tokens
 that it leaves out. Against ordinary text the second share is near 1 for any rule that rarely holds, so "a noun" would
-pass for the explanation of a latent that is active on one noun in five. Inactive tokens are therefore weighted: for
-each active token, one inactive occurrence of the same token id as far as there are any, and one inactive token at most
-``NEAR`` places away as far as there are any, each of these two kinds at most a third of the weight; the rest of the
-weight is spread evenly over all inactive tokens. A latent that is active on all occurrences of a token has no inactive
-ones of it and loses nothing by that; one that misses 5 % of them has 5 % of the weight there.
+pass for the explanation of a latent that is active on one noun in five. Inactive tokens are therefore weighted. For
+each active token there is, as far as there are any, (1) one inactive occurrence of the same token id, (2) one inactive
+token after the same token id, (3) one inactive token at most ``NEAR`` places away; each of these kinds makes up at
+most ``HARD_SHARE`` of the weight, and the rest is spread evenly over all inactive tokens. A latent that is active on
+all occurrences of a token has none of the first kind and loses nothing by that; one that misses 5 % of them has 5 % of
+the weight there.
 
 **The bound** treats texts, not tokens, as independent: a linearised (delta-method) standard error of the two ratios
 over texts, after adding one text of average size of which the rule gets half right. The added text keeps a rule without
@@ -21,7 +22,7 @@ import numpy as np
 from .contexts import Contexts
 
 NEAR = 2
-HARD_SHARE = 1 / 3
+HARD_SHARE = 0.3
 ONE_SIDED_95 = 1.6449
 
 
@@ -42,13 +43,10 @@ def weigh(active: np.ndarray, within: np.ndarray, contexts: Contexts) -> np.ndar
         contexts: the texts.
     """
     on, off = active & within, ~active & within
-    n, (known, ids) = int(on.sum()), np.unique(contexts.ids, return_inverse=True)
-    off_by_id, on_by_id = (np.bincount(ids[rows], minlength=len(known)) for rows in (off, on))
-    matched = np.minimum(on_by_id, off_by_id)
-    same = np.where(off, (matched / np.maximum(off_by_id, 1))[ids], 0.0)
+    n = int(on.sum())
     near = (_spread(on, contexts) & off).astype(np.float64)
     weights, left = np.zeros(len(active)), 1.0
-    for hard in (same, near):
+    for hard in (_matched(contexts.ids, on, off), _matched(contexts.shifted(-1), on, off), near):
         if total := hard.sum():
             share = min(HARD_SHARE, total / n)
             weights += hard * (share / total)
@@ -79,6 +77,15 @@ def score(predicted: np.ndarray, active: np.ndarray, weights: np.ndarray, text: 
     (hits, hit_error), (passes, pass_error) = parts
     error = np.sqrt((((hit_error + pass_error) / 2) ** 2).sum() * (n + 1) / n)
     return Score(float(balanced), float((hits + passes) / 2 - ONE_SIDED_95 * error))
+
+
+def _matched(values: np.ndarray, on: np.ndarray, off: np.ndarray) -> np.ndarray:
+    """Weight of each token of ``off`` when each of ``on`` is paired with one of the same value: float64 [T]."""
+    codes = values - values.min(initial=0)
+    on_by_value, off_by_value = (
+        np.bincount(codes[rows], minlength=int(codes.max(initial=0)) + 1) for rows in (on, off)
+    )
+    return np.where(off, (np.minimum(on_by_value, off_by_value) / np.maximum(off_by_value, 1))[codes], 0.0)
 
 
 def _spread(rows: np.ndarray, contexts: Contexts) -> np.ndarray:
