@@ -21,7 +21,7 @@ def halves(contexts: Contexts, seed: int) -> tuple[np.ndarray, np.ndarray]:
     of it.
     """
     learn = _dealt(contexts, seed, PREFIX)
-    if not 0.25 <= learn.mean() <= 0.75:
+    if len(learn) and not 0.25 <= learn.mean() <= 0.75:
         learn = _dealt(contexts, seed, None)
     prefix = _prefix_hash(contexts)
     known = np.isin(prefix, prefix[learn]) & (contexts.position >= SHARED - 1)

@@ -49,7 +49,7 @@ def explain(
         promoted: token ids that a latent makes more likely (the top of its logit effect), where known.
 
     Raises:
-        ValueError: ``features`` are not of these tokens, or have no such latent.
+        ValueError: ``features`` are not of these tokens, have no such latent, or hold NaN or infinity.
     """
     if features.n_tokens != len(contexts):
         raise ValueError(f"features of {features.n_tokens} tokens do not belong to contexts of {len(contexts)}")
@@ -59,6 +59,8 @@ def explain(
     sides = halves(contexts, seed)
     catalogue = Catalogue(contexts)
     view, values = features.by_latent, features.values.detach().float().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError("features hold NaN or infinity")
     indptr, tokens, order = (array.cpu().numpy() for array in (view.indptr, view.tokens, view.order))
     out = []
     for latent in latents:

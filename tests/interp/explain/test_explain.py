@@ -152,6 +152,15 @@ def test_features_of_other_tokens_are_refused() -> None:
         explain(features([np.ones(3)]), CONTEXTS, [0], seed=0)
     with pytest.raises(ValueError, match="no latent 4"):
         explain(features([np.ones(T)]), CONTEXTS, [4], seed=0)
+    with pytest.raises(ValueError, match="NaN"):
+        explain(features([np.full(T, np.nan)]), CONTEXTS, [0], seed=0)
+
+
+def test_no_text_at_all() -> None:
+    empty = FeatureCSR.from_dense(torch.zeros(0, 1))
+    for contexts in (Contexts(()), Contexts((Encoded("", (), ()),))):
+        (found,) = explain(empty, contexts, [0], seed=0)
+        assert found.status == "too few contexts" and found.examples == ()
 
 
 # --- halves ---
