@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from heredity.interp.explain import head_features, neuron_features
+from heredity.interp.explain import Contexts, explain, head_features, neuron_features
+from heredity.interp.model import Model
 
 
 def test_neurons_keep_their_largest_values_with_sign() -> None:
@@ -47,3 +48,19 @@ def test_bad_input_is_refused() -> None:
         neuron_features(torch.tensor([[1.0], [float("nan")]]))
     with pytest.raises(ValueError, match="along"):
         head_features(torch.ones(3, 1, 2), along="mean")
+
+
+def test_a_head_of_a_model_is_explained_like_a_latent(tiny_model: Model) -> None:
+    """Random weights: a head's write is a function of the tokens, above all of this one."""
+    rng = np.random.default_rng(5)
+    words = "the river old road king bread dog red walked before , .".split()
+    texts = [tiny_model.encode(" ".join(rng.choice(words, 24))) for _ in range(80)]
+    sites = ["attn_head@0.0", "attn_head@0.1"]
+    with torch.no_grad():
+        seen = [tiny_model.capture(torch.tensor([text.ids]), sites) for text in texts]
+    writes = torch.stack([torch.cat([each[site][0] for each in seen]) for site in sites], dim=1)
+    contexts = Contexts(tuple(texts))
+    for each in explain(head_features(writes, share=0.1), contexts, [0, 1], seed=0):
+        assert each.status == "measured" and each.program is not None
+        assert each.n_active == round(0.1 * len(contexts))
+        assert each.q is not None and each.q > 0.1, each.rule
