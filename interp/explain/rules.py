@@ -195,7 +195,7 @@ class Recent(Record):
         """Whether it holds at each token: bool [T]."""
         rows = np.arange(len(contexts))
         last = np.maximum.accumulate(np.where(_member(contexts.ids, self.ids), rows, OUTSIDE))
-        last = np.concatenate([[OUTSIDE], last[:-1]])
+        last = np.concatenate([[OUTSIDE], last])[:-1]
         start = contexts.starts[contexts.text]
         begin = contexts.places.line if self.within is None else np.maximum(start, rows - self.within)
         return (last >= begin) & (last >= 0)

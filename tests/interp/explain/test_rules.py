@@ -187,6 +187,7 @@ def test_words() -> None:
         assert rule.in_words() == words
         again = adapter.validate_json(rule.model_dump_json())
         assert again == rule and np.array_equal(again.holds(CONTEXTS), rule.holds(CONTEXTS))
+        assert rule.holds(Contexts(())).shape == (0,)
 
 
 def test_long_sets_are_cut_in_words_only() -> None:
