@@ -7,15 +7,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .exclusive import (
+        Exclusives,
+        Halfway,
+        LatentVerdict,
+        Scaling,
+        Stability,
+        delta_norm,
+        exclusives,
+        halfway,
+        latent_scaling,
+        relative_norm,
+        stability,
+    )
     from .record import Dictionary, DictionarySet, Port
 
 _HOME = {
     "Dictionary": "record",
     "DictionarySet": "record",
+    "Exclusives": "exclusive",
+    "Halfway": "exclusive",
+    "LatentVerdict": "exclusive",
     "Port": "record",
+    "Scaling": "exclusive",
+    "Stability": "exclusive",
+    "delta_norm": "exclusive",
+    "exclusives": "exclusive",
+    "halfway": "exclusive",
+    "latent_scaling": "exclusive",
+    "relative_norm": "exclusive",
+    "stability": "exclusive",
 }
 
-__all__ = ["Dictionary", "DictionarySet", "Port"]
+__all__ = [
+    "Dictionary",
+    "DictionarySet",
+    "Exclusives",
+    "Halfway",
+    "LatentVerdict",
+    "Port",
+    "Scaling",
+    "Stability",
+    "delta_norm",
+    "exclusives",
+    "halfway",
+    "latent_scaling",
+    "relative_norm",
+    "stability",
+]
 
 
 def __getattr__(name: str) -> Any:
