@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         relative_norm,
         stability,
     )
+    from .formats import load_dictionary, save_dictionary
     from .record import Dictionary, DictionarySet, Port
 
 _HOME = {
@@ -35,7 +36,9 @@ _HOME = {
     "exclusives": "exclusive",
     "halfway": "exclusive",
     "latent_scaling": "exclusive",
+    "load_dictionary": "formats",
     "relative_norm": "exclusive",
+    "save_dictionary": "formats",
     "stability": "exclusive",
 }
 
@@ -52,7 +55,9 @@ __all__ = [
     "exclusives",
     "halfway",
     "latent_scaling",
+    "load_dictionary",
     "relative_norm",
+    "save_dictionary",
     "stability",
 ]
 
