@@ -63,10 +63,8 @@ def attribution_graph(
         DictionaryError: a dictionary does not fit.
         ValueError: an empty prompt, no targets, or a budget too small for any latent.
     """
-    ids = _ids(model, prompt)
-    patterns = estimate(model.shape, n_tokens=len(ids), active=0, latents=0).patterns
-    frozen = freeze(model, ids, mlps=frozen_mlps(dictionaries), on_disk=patterns > budget // 4)
-    nodes = sources(frozen, dictionaries, constant_positions)
+    nodes = sources_at(model, dictionaries, prompt, constant_positions=constant_positions, budget=budget)
+    frozen = nodes.frozen
     chosen = list(targets(model, frozen.logits) if callable(targets) else targets)
     if not chosen:
         raise ValueError("an attribution graph needs a target")
@@ -80,7 +78,26 @@ def attribution_graph(
     rows = Rows(nodes, chosen, wanted, lambda cone: _at_once(frozen, cone, budget // 8))
     dropped_share = _explain(rows, progress)
     kept = Kept(total, wanted, total - nodes.n_latents, unranked_share, dropped_share, reason)
-    return _record(rows, kept, prompt if isinstance(prompt, str) else model.decode(ids.tolist()))
+    return _record(rows, kept, prompt if isinstance(prompt, str) else model.decode(frozen.tokens.tolist()))
+
+
+@torch.no_grad()
+def sources_at(
+    model: Model,
+    dictionaries: Dictionary | DictionarySet,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    constant_positions: int = 0,
+    budget: int = 2 << 30,
+) -> Sources:
+    """The local replacement model at a prompt, and what writes to its stream.
+
+    Args and errors raised are those of :func:`attribution_graph`.
+    """
+    ids = _ids(model, prompt)
+    patterns = estimate(model.shape, n_tokens=len(ids), active=0, latents=0).patterns
+    frozen = freeze(model, ids, mlps=frozen_mlps(dictionaries), on_disk=patterns > budget // 4)
+    return sources(frozen, dictionaries, constant_positions)
 
 
 def memory(
@@ -165,6 +182,7 @@ def _record(rows: Rows, kept: Kept, prompt: str) -> AttributionGraph:
         provenance={
             "model": model.spec,
             "model_digest": model.digest,
+            "vocabulary": model.shape.d_vocab,
             "dictionaries": [
                 {"layer": a.layer, "reads": a.kind, **dict(a.dictionary.provenance)} for a in nodes.active
             ],

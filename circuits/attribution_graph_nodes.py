@@ -24,7 +24,7 @@ from heredity.interp.model import Model
 from heredity.interp.sites import parse_site
 from heredity.kernels import FeatureCSR, attribute, attribute_errors, decode
 
-from .replacement import Frozen
+from .replacement import Frozen, Streams
 
 READS = ("mlp_in", "resid_mid", "mlp_out")
 
@@ -98,8 +98,8 @@ class Sources:
         return torch.cat([self.errors.new_zeros(0), *(a.features.values for a in self.active)])
 
     @cached_property
-    def constants(self) -> tuple[list[Tensor], Tensor]:
-        """What constants alone put into the stream before each MLP and at its end, [P, D] each."""
+    def constants(self) -> Streams:
+        """What constants alone put into the stream."""
         return self.frozen.run(torch.zeros_like(self.frozen.embedded), list(self.constant), self.skips)
 
     # --- what reads ---
@@ -116,7 +116,7 @@ class Sources:
     def constant_part(self, layer: int, positions: Tensor, latents: Tensor) -> Tensor:
         """What constants put into the pre-activations of latents of a layer, [B]."""
         a, frozen = self.part(layer), self.frozen.layers[layer]
-        x = self.constants[0][layer]
+        x = self.constants.before_mlp[layer]
         if a.kind != "resid_mid":
             x = frozen.mlp_norm.forward(x)
         if a.kind == "mlp_out":
@@ -127,11 +127,13 @@ class Sources:
 
     # --- effects ---
 
-    def rows(self, depth: int, positions: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(
+        self, depth: int, positions: Tensor, gradient: Tensor, before_attention: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Direct effects of all sources on B targets.
 
         Args:
-            depth, positions, gradient: as of :meth:`.replacement.Frozen.sweep`.
+            depth, positions, gradient, before_attention: as of :meth:`.replacement.Frozen.sweep`.
 
         Returns:
             [B, S], and [B, 2]: the effects of latents that are no columns, summed by position, their sum and the sum
@@ -140,7 +142,7 @@ class Sources:
         n_latents, (n_layers, n_positions) = self.n_latents, self.errors.shape[:2]
         out = gradient.new_zeros(len(gradient), self.n_columns)
         rest = gradient.new_zeros(len(gradient), 2)
-        for layer, g in self.frozen.sweep(depth, positions, gradient, self.skips):
+        for layer, g in self.frozen.sweep(depth, positions, gradient, self.skips, before_attention):
             cone = g.shape[1]
             if layer < 0:
                 at = n_latents + n_layers * n_positions

@@ -94,7 +94,7 @@ class Rows:
         for layer in found[:, 0].unique().tolist():
             own = found[found[:, 0] == layer]
             parts.append(self.nodes.constant_part(layer, own[:, 1], own[:, 2]))
-        end = frozen.final.forward(self.nodes.constants[1])[-1]
+        end = frozen.final.forward(self.nodes.constants.end)[-1]
         parts += [(target.direction.to(end) @ end + target.bias)[None] for target in self.targets]
         return torch.cat(parts)
 

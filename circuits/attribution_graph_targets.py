@@ -1,7 +1,7 @@
 """What an attribution graph explains: logits, differences of logits, any direction the unembedding could read.
 
 A logit node stands for (W_U[v] − mean W_U) · x, with x what the unembedding reads at the last position: the logit less
-the mean over the vocabulary, before any soft-capping or scaling of logits (convention of decoderesearch/circuit-tracer).
+the mean over the vocabulary, before logits are soft-capped or scaled (convention of decoderesearch/circuit-tracer).
 """
 
 from collections.abc import Sequence

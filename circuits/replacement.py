@@ -17,8 +17,8 @@ heads, R heads per key-value head, d width of a head, L layers, B targets.
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,17 @@ from heredity.interp.errors import ModelError
 from heredity.interp.model import Model
 
 from .attribution_graph_frozen import FrozenMLP, FrozenNorm, agree, freeze_mlp, freeze_norm
+from .attribution_graph_recording import keep, recording
 from .reads import norm, projection
 from .writes import ENTRY, outer_norm
 
-_LEVEL = 1 << 30
-"""Of hooks set here, so that they can be taken away without touching others."""
+
+class Streams(NamedTuple):
+    """The residual stream [P, D] before each attention, before each MLP, and at the end."""
+
+    before_attention: list[Tensor]
+    before_mlp: list[Tensor]
+    end: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +50,7 @@ class FrozenLayer:
         value: [D, G·d], from the stream to values, the norm's gain and centring included.
         output: [H·d, D], from head values to the stream.
         bias: [P, D], what the attention writes whatever it reads.
+        attention_norm: between the stream and the attention.
         mlp_norm: between the stream and the MLP.
         post: between the MLP and the stream, if there is one.
         mlp: the MLP with its gates fixed, where asked for.
@@ -53,6 +60,7 @@ class FrozenLayer:
     value: Tensor
     output: Tensor
     bias: Tensor
+    attention_norm: FrozenNorm
     mlp_norm: FrozenNorm
     post: FrozenNorm | None
     mlp: FrozenMLP | None
@@ -126,8 +134,8 @@ class Frozen:
 
     def run(
         self, entry: Tensor, written: Sequence[Tensor], skips: Mapping[int, Tensor], biases: bool = True
-    ) -> tuple[list[Tensor], Tensor]:
-        """The stream before each MLP, and at the end, given what is put into it.
+    ) -> Streams:
+        """The stream given what is put into it.
 
         Args:
             entry: [P, D], where the stream begins, learned positions left out.
@@ -135,18 +143,24 @@ class Frozen:
             skips: by layer, a linear path [D, D] from what the MLP would read to what it returns.
             biases: whether constants are added.
         """
-        x, mids = entry + self.entry_bias if biases else entry, []
+        x, pres, mids = entry + self.entry_bias if biases else entry, [], []
         for i, layer in enumerate(self.layers):
+            pres.append(x)
             x = x + layer.attend(x) + (layer.bias if biases else 0)
             mids.append(x)
             out = written[i]
             if i in skips:
                 out = out + layer.mlp_norm.forward(x, biases) @ skips[i]
             x = x + (out if layer.post is None else layer.post.forward(out, biases))
-        return mids, x
+        return Streams(pres, mids, x)
 
     def sweep(
-        self, depth: int, positions: Tensor, gradient: Tensor, skips: Mapping[int, Tensor]
+        self,
+        depth: int,
+        positions: Tensor,
+        gradient: Tensor,
+        skips: Mapping[int, Tensor],
+        before_attention: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """The gradients of B targets at every place where something is put into the stream, from above.
 
@@ -155,13 +169,14 @@ class Frozen:
             positions: int64 [B], where they read it. Nothing behind the largest can matter.
             gradient: [B, D], at the stream there.
             skips: as of :meth:`run`.
+            before_attention: whether they read it before that layer's attention instead.
 
         Yields:
             (layer, [B, C, D]) at what that layer's MLP returns, for layers below ``depth`` in descending order; then
             (−1, [B, C, D]) at the beginning of the stream. Each is valid until the next is asked for.
         """
         cone = int(positions.max()) + 1
-        if depth == len(self.layers):
+        if before_attention or depth == len(self.layers):
             g = gradient.new_zeros(len(gradient), cone, gradient.shape[1])
             g[torch.arange(len(gradient), device=g.device), positions] = gradient
         else:
@@ -196,19 +211,15 @@ def freeze(model: Model, tokens: Tensor, *, mlps: Sequence[int] = (), on_disk: b
     extra = [f"blocks.{i}.mlp.{part}" for i in mlps for part in ("in.hook_out", "out.hook_in")]
     extra += [name for name in ("pos_embed.hook_out", "unembed.hook_in") if name in model.bridge.hook_dict]
     patterns = _room(n_layers, model.shape.n_heads, len(tokens), tokens.device, model, on_disk)
-    with _recorded(model, extra, patterns) as seen:
+    seen: dict[str, Tensor] = {}
+    readers = {name: keep(seen, name) for name in extra}
+    readers |= {f"blocks.{i}.attn.hook_pattern": patterns[i].copy_ for i in range(n_layers)}
+    with recording(model, readers):
         logits, at = model.logits_and_capture(tokens[None], list(dict.fromkeys(sites)))
-    if missing := [name for name in [*extra, *(f"pattern {i}" for i in range(n_layers))] if name not in seen]:
-        raise ModelError(
-            f"the forward of this {model.shape.architecture} never passes {missing[0]}, which must be held fixed",
-            where=model.spec,
-            remedy="Load it with attention that computes its pattern explicitly (attn_implementation='eager').",
-        )
     value = {name: tensor[0] for name, tensor in at.items()}
     layers = tuple(_freeze_layer(model, i, value, seen, patterns[i], i in mlps) for i in range(n_layers))
-    entry, last = value[ENTRY], seen["unembed.hook_in"][0]
-    positions = seen["pos_embed.hook_out"] if "pos_embed.hook_out" in seen else torch.zeros_like(entry)
-    positions = positions.expand(1, *entry.shape)[0] if positions.ndim == 3 else positions.expand_as(entry)
+    entry, last = value[ENTRY], seen["unembed.hook_in"]
+    positions = seen.get("pos_embed.hook_out", torch.zeros_like(entry))
     found = Frozen(
         model=model,
         tokens=tokens,
@@ -222,7 +233,7 @@ def freeze(model: Model, tokens: Tensor, *, mlps: Sequence[int] = (), on_disk: b
         last=last,
         logits=logits[0, -1],
     )
-    mids, end = found.run(found.embedded, found.mlp_out, {})
+    _, mids, end = found.run(found.embedded, found.mlp_out, {})
     for i, mid in enumerate(mids):
         agree(mid, found.mid[i], f"stream before the MLP of layer {i}", model)
     agree(end, value["final"], "end of the stream", model)
@@ -243,7 +254,7 @@ def check_adjoint(frozen: Frozen) -> None:
 
     n_layers, shape = len(frozen.layers), frozen.embedded.shape
     entry, written = draw(*shape), [draw(*shape) for _ in range(n_layers)]
-    mids, end = frozen.run(entry, written, {}, biases=False)
+    _, mids, end = frozen.run(entry, written, {}, biases=False)
     position = torch.tensor([frozen.n_positions - 1], device=entry.device)
     for depth in {n_layers, n_layers // 2}:
         w = draw(1, shape[1])
@@ -301,6 +312,7 @@ def _freeze_layer(
         value=value.contiguous(),
         output=output.contiguous(),
         bias=written,
+        attention_norm=ln,
         mlp_norm=mlp_norm,
         post=None
         if post_mlp is None
@@ -311,8 +323,8 @@ def _freeze_layer(
             model,
             i,
             at[f"mlp_in@{i}"],
-            seen[f"blocks.{i}.mlp.in.hook_out"][0],
-            seen[f"blocks.{i}.mlp.out.hook_in"][0],
+            seen[f"blocks.{i}.mlp.in.hook_out"],
+            seen[f"blocks.{i}.mlp.out.hook_in"],
             out,
         ),
     )
@@ -329,39 +341,3 @@ def _room(n_layers: int, heads: int, n: int, device: torch.device, model: Model,
     with tempfile.NamedTemporaryFile(prefix="heredity-patterns-") as file:
         flat = torch.from_file(file.name, shared=True, size=n_layers * heads * n * n, dtype=dtype)
     return flat.view(n_layers, heads, n, n)
-
-
-@contextmanager
-def _recorded(model: Model, names: Sequence[str], patterns: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Values at hook points of the forwards inside, and the attention patterns into ``patterns``."""
-    seen: dict[str, Tensor] = {}
-
-    def at(name: str):
-        def read(tensor: Tensor, hook: object) -> None:
-            seen[name] = tensor.detach()
-
-        return read
-
-    def pattern(i: int):
-        def read(tensor: Tensor, hook: object) -> None:
-            patterns[i] = tensor[0]
-            seen[f"pattern {i}"] = patterns[i]
-
-        return read
-
-    points = {name: at(name) for name in names}
-    points |= {f"blocks.{i}.attn.hook_pattern": pattern(i) for i in range(len(patterns))}
-    hooks = model.bridge.hook_dict
-    if absent := [name for name in points if name not in hooks]:
-        raise ModelError(
-            f"this {model.shape.architecture} has no {absent[0]}, which must be held fixed",
-            where=model.spec,
-            remedy="Use an architecture with explicit attention patterns and MLPs.",
-        )
-    try:
-        for name, function in points.items():
-            hooks[name].add_hook(function, level=_LEVEL)
-        yield seen
-    finally:
-        for name in points:
-            hooks[name].remove_hooks(level=_LEVEL)
