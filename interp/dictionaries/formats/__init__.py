@@ -6,9 +6,11 @@ What is read, what is refused and why: ``docs/dictionary-formats.md``.
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from heredity.kernels import BatchTopK, JumpReLU, ReLU, TopK
+
 from ...errors import DictionaryError
 from ..record import Dictionary, DictionarySet
-from . import own
+from . import circuit_tracer, gemma_scope, own, saelens, sparsify
 
 
 @runtime_checkable
@@ -38,7 +40,13 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (own,)
+FORMATS: tuple[Format, ...] = (own, saelens, sparsify, circuit_tracer, gemma_scope)
+_HINTS: dict[str, tuple[Any, str]] = {
+    "activation": (ReLU | JumpReLU | TopK | BatchTopK, "activation=TopK(64)"),
+    "reads": (str, 'reads="mlp_in@12"'),
+    "writes": (str, 'writes="mlp_out@12"'),
+    "input_scale": (float | int, "input_scale=0.37"),
+}
 
 
 def load_dictionary(path: str | Path, *, format: str | None = None, **hints: Any) -> Dictionary | DictionarySet:
@@ -48,7 +56,8 @@ def load_dictionary(path: str | Path, *, format: str | None = None, **hints: Any
         path: a local file or directory; nothing is fetched.
         format: a name in :data:`FORMATS`; None: told by the files.
         **hints: what the files do not say, by the names of the format's ``hints``: ``activation`` (a rule of
-            :mod:`heredity.kernels`), ``reads``, ``writes`` (site names).
+            :mod:`heredity.kernels`), ``reads``, ``writes`` (site names), ``input_scale`` (the factor that inputs were
+            multiplied by in training).
 
     Raises:
         DictionaryError: absent, of no known format, damaged, ambiguous, or not exactly expressible.
@@ -56,10 +65,13 @@ def load_dictionary(path: str | Path, *, format: str | None = None, **hints: Any
     path = Path(path)
     found = _format(path, format)
     known = found.hints
-    for hint in hints:
+    for hint, value in hints.items():
         if hint not in known:
             remedy = f"It takes {', '.join(known)}." if known else "Its files say everything; leave it away."
             raise DictionaryError(f"the format {found.name} takes no {hint!r}", where=str(path), remedy=remedy)
+        kind, example = _HINTS[hint]
+        if not isinstance(value, kind):
+            raise DictionaryError(f"{hint}={value!r} is not possible", where=str(path), remedy=f"Example: {example}.")
     return found.read(path, **hints)
 
 

@@ -4,13 +4,15 @@ What a header claims is held against the size of the file before anything is all
 ask for more memory than there are bytes on disk.
 """
 
+import ast
+import io
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from ...tensors import FLOATS, read_header
 
 _UNDAMAGED = "Replace the file with an undamaged copy."
 _MAX_MEMBERS = 1_000
+_MAX_NPY_HEADER = 10_000  # numpy's own limit
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8"})
 
 
@@ -68,16 +71,22 @@ class Arrays:
         return shape
 
     def get(self, name: str, *shape: int) -> Tensor:
-        """An array of exactly ``shape``; halves come as float32, since that is what sums are made in.
+        """An array of exactly ``shape`` as float32, which is what features are computed in.
 
         Raises:
             DictionaryError: absent, of another shape, not of floats, or not finite.
         """
-        value = self.raw(name, *shape)
-        return value if value.dtype == torch.float64 else value.float()
+        value = self.raw(name, *shape).float()
+        if not bool(torch.isfinite(value).all()):
+            raise self.fault("numbers too large for float32", name, _UNDAMAGED)
+        return value
 
     def raw(self, name: str, *shape: int) -> Tensor:
-        """As :meth:`get`, in the dtype of the file."""
+        """As :meth:`get`, in the dtype of the file.
+
+        Raises:
+            DictionaryError: as :meth:`get`.
+        """
         if self.shape(name, len(shape)) != shape:
             what = f"shape {list(shape)} was expected, not {list(self.shapes[name])}"
             raise self.fault(what, name, "Get configuration and weights of the same dictionary.")
@@ -177,7 +186,7 @@ def _npy_header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
         what = f"claims to unpack {info.compress_size} bytes to {info.file_size}"
         raise DictionaryError(what, where=where, remedy=_UNDAMAGED)
     with archive.open(info) as stream:
-        shape, dtype, length = _npy(stream, where)
+        shape, dtype, length = _npy(stream.read(16 + _MAX_NPY_HEADER), where)
     numbers = 1
     for size in shape:
         numbers *= size
@@ -187,17 +196,18 @@ def _npy_header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
     return shape, dtype
 
 
-def _npy(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+def _npy(head: bytes, where: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, dtype and length of a .npy header (numpy's format 1 to 3)."""
     from numpy.lib import format as npy
 
+    stream = io.BytesIO(head)
     major, minor = npy.read_magic(stream)
     if (major, minor) not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError(f"version {major}.{minor} of .npy")
     wide = major > 1
     raw = stream.read(4 if wide else 2)
     length = int(struct.unpack("<I" if wide else "<H", raw)[0]) if len(raw) == (4 if wide else 2) else 1 << 20
-    if length > 10_000:  # numpy's own limit
+    if length > _MAX_NPY_HEADER:
         raise ValueError(f"a header of {length} bytes")
     shape, dtype = _described(stream.read(length).decode("utf-8" if major == 3 else "latin1"))
     if dtype.hasobject:
@@ -207,8 +217,6 @@ def _npy(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any],
 
 
 def _described(text: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    import ast
-
     try:
         described = ast.literal_eval(text.strip())
     except (SyntaxError, MemoryError, RecursionError) as fault:
