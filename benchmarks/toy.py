@@ -9,7 +9,7 @@ dictionary is easily wrong about:
 * ``weak``: s of one model is 0.05–0.3 of the other's. A sparsity penalty drives the smaller decoder row to zero.
 * ``split``: present in both models, but on part of the tokens in one of them only. A dictionary may make a parent-only
   and a successor-only latent of it.
-* ``rotated``: of the same tokens in both, along unrelated directions.
+* ``rotated``: on the same tokens in both, along unrelated directions (the distractor).
 """
 
 from dataclasses import dataclass, replace
@@ -30,6 +30,10 @@ class Scenario:
         concepts: in all.
         basis: whether the two models share directions (``same``) or are rotated against each other (``rotated``).
         scale: of the successor's activations over the parent's.
+        latents: of the dictionaries trained on it.
+        tokens, held_out: to train on, and to judge on.
+        noise: standard deviation of each coordinate.
+        active: concepts present at a token, on average.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Scenario:
     held_out: int = 50_000
     noise: float = 0.02
     active: float = 6.0
+    latents: int = 192
 
 
 PLAIN = Scenario("plain")
@@ -52,6 +57,7 @@ SCENARIOS = (
     replace(PLAIN, name="distractor rotation", counts=(*PLAIN.counts, (ROTATED, 8))),
     replace(PLAIN, name="rotated basis", basis="rotated", counts=(*PLAIN.counts, (WEAK, 6))),
     replace(PLAIN, name="unequal widths", widths=(48, 72), scale=3.0, counts=(*PLAIN.counts, (WEAK, 6))),
+    replace(PLAIN, name="too few latents", latents=96),
     replace(PLAIN, name="self-diff", counts=()),
 )
 

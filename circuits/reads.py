@@ -1,6 +1,6 @@
 """What queries, keys, values and MLPs read from the residual stream: through which norm, by which projection.
 
-Everything here is checked against the running model (:func:`check_reads`), because an edge's effect is computed with it.
+Everything here is checked against the running model (:func:`check_reads`): effects of edges are computed with it.
 """
 
 from dataclasses import dataclass

@@ -278,9 +278,7 @@ def _freeze_layer(
     model: Model, i: int, at: Mapping[str, Tensor], seen: Mapping[str, Tensor], pattern: Tensor, with_mlp: bool
 ) -> FrozenLayer:
     x, mid, out = at[f"resid_pre@{i}"], at[f"resid_mid@{i}"], at[f"mlp_out@{i}"]
-    before = norm(model, i, "attn")
-    # What it made of x is not recorded everywhere (GPT-2 projects queries, keys and values at once).
-    ln = freeze_norm(before, x, before(x), f"norm before the attention of layer {i}", model)
+    ln = _inner_norm(model, i, "attn", x, None)
     p, (weight, bias) = projection(model, i, "v"), model.head_weights(i)
     groups, heads = len(p.weight), len(weight)
     v = torch.einsum("pm,gmd->pgd", ln.forward(x), p.weight) + p.bias
@@ -306,7 +304,7 @@ def _freeze_layer(
         value = value - value.mean(0, keepdim=True)
     pattern.mul_(ln.scale)
     post_mlp = outer_norm(model, i, "mlp")
-    mlp_norm = freeze_norm(norm(model, i, "mlp"), mid, at[f"mlp_in@{i}"], f"norm before the MLP of layer {i}", model)
+    mlp_norm = _inner_norm(model, i, "mlp", mid, at[f"mlp_in@{i}"])
     frozen = FrozenLayer(
         pattern=pattern,
         value=value.contiguous(),
@@ -330,6 +328,18 @@ def _freeze_layer(
     )
     agree(x + frozen.attend(x) + written, mid, f"attention of layer {i}", model)
     return frozen
+
+
+def _inner_norm(model: Model, i: int, kind: str, x: Tensor, y: Tensor | None) -> FrozenNorm:
+    """The norm before the attention or the MLP of a layer, the identity where there is none (OLMo 2)."""
+    where = f"norm before the {'attention' if kind == 'attn' else 'MLP'} of layer {i}"
+    if ("ln1" if kind == "attn" else "ln2") not in model.bridge.blocks[i]._modules:
+        found = FrozenNorm(torch.ones_like(x[:, 0]), torch.ones_like(x[0]), torch.zeros_like(x[0]), False)
+        agree(found.forward(x), x if y is None else y, where, model)
+        return found
+    module = norm(model, i, kind)
+    # What attention reads is not recorded everywhere (GPT-2 projects queries, keys and values at once).
+    return freeze_norm(module, x, module(x) if y is None else y, where, model)
 
 
 def _room(n_layers: int, heads: int, n: int, device: torch.device, model: Model, on_disk: bool) -> Tensor:

@@ -11,12 +11,15 @@ One letter means one dimension: T tokens, F latents, D the width of a site (it m
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from heredity.kernels import Activation, BatchTopK, FeatureCSR, JumpReLU, ReLU, TopK, decode, encode
+
+if TYPE_CHECKING:
+    from .browse import Latents
 
 Kind = Literal["sae", "transcoder", "crosscoder", "cross_layer_transcoder"]
 Scaling = Literal["none", "layer_norm", "unit_norm"]
@@ -56,6 +59,8 @@ class Dictionary:
         scaling: what is done to each token before the encoder and undone after the decoder. ``layer_norm``: mean taken
             off, divided by the standard deviation (biased, plus 1e-5); ``unit_norm``: scaled to norm √D.
         provenance: where it comes from (format, model, training), JSON values only.
+        notes: what was found out about its latents (:class:`.notes.LatentNotes`), or the directory to read it from when
+            it is first asked for. Not part of the dictionary: it is kept in files of its own.
 
     Raises:
         ValueError: shapes do not belong together, or the kind does not fit the places.
@@ -74,6 +79,7 @@ class Dictionary:
     W_skip: Tensor | None = None
     scaling: Scaling = "none"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         counts = (len(self.reads), len(self.writes), len(self.W_dec))
@@ -99,10 +105,26 @@ class Dictionary:
         places = ", ".join(dict.fromkeys(f"{p.site}" for p in (*self.reads, *self.writes)))
         return f"Dictionary({self.kind} of {places}, {self.n_latents} latents, {rule_in_words(self.activation)})"
 
+    def _repr_html_(self) -> str:
+        from .browse import overview
+
+        return overview(self)
+
     @property
     def n_latents(self) -> int:
         """F."""
         return len(self.b_enc)
+
+    @cached_property
+    def latents(self) -> "Latents":
+        """The latents one by one, to look at: ``latents[17]``, ``latents.search("bridge")``, ``latents.sort(by="q")``.
+
+        Raises:
+            DictionaryError: the notes on them cannot be read, or are on another dictionary.
+        """
+        from .browse import latents
+
+        return latents(self)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -183,9 +205,12 @@ class Dictionary:
 
     def _shapes(self) -> list[tuple[str, Tensor, Sequence[int]]]:
         n = self.n_latents
-        found = [(f"W_enc[{i}]", w, (w.shape[0], n)) for i, w in enumerate(self.W_enc)]
+        found: list[tuple[str, Tensor, Sequence[int]]] = []
+        found += [(f"W_enc[{i}]", w, (w.shape[0], n)) for i, w in enumerate(self.W_enc)]
         found += [(f"W_dec[{j}]", w, (n, w.shape[-1])) for j, w in enumerate(self.W_dec)]
-        found += [(f"b_dec[{j}]", b, (w.shape[-1],)) for j, (b, w) in enumerate(zip(self.b_dec, self.W_dec, strict=True))]
+        found += [
+            (f"b_dec[{j}]", b, (w.shape[-1],)) for j, (b, w) in enumerate(zip(self.b_dec, self.W_dec, strict=True))
+        ]
         if self.norm is not None:
             found.append(("norm", self.norm, (n,)))
         if self.W_skip is not None:

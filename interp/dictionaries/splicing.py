@@ -137,6 +137,20 @@ def check_token_by_token(dictionary: Dictionary) -> None:
         )
 
 
+def check_width(dictionary: Dictionary, port: Port, found: int, wanted: int) -> None:
+    """Nothing, if the model's activations at ``port`` are as wide as the dictionary's.
+
+    Raises:
+        DictionaryError: they are not.
+    """
+    if found != wanted:
+        raise DictionaryError(
+            f"{port.site} of the model is {found} wide, the dictionary {wanted}",
+            where=repr(dictionary),
+            remedy="Use it with the model it was trained on.",
+        )
+
+
 @dataclass(frozen=True)
 class _Active:
     """One dictionary's latents in the forward that runs."""
@@ -212,7 +226,7 @@ class _Splice:
             shapes = f"{list(read.shape[:2])}, this forward {list(value.shape[:2])}"
             raise ValueError(f"activations given for {port.site} of model {port.model} are of [batch, pos] {shapes}")
         flat = read.detach().flatten(0, 1).flatten(1).to(layer.W_enc[m].dtype)
-        self._check_width(layer, port, flat.shape[1], layer.W_enc[m].shape[0])
+        check_width(layer, port, flat.shape[1], layer.W_enc[m].shape[0])
         return flat
 
     def _write(self, site: str, value: Tensor, writers: list[tuple[int, int]]) -> Tensor:
@@ -221,7 +235,7 @@ class _Splice:
         before = after = torch.zeros_like(flat)
         for i, j in writers:
             layer, active = self.layers[i], self.active[i]
-            self._check_width(layer, layer.writes[j], flat.shape[1], layer.W_dec[j].shape[1])
+            check_width(layer, layer.writes[j], flat.shape[1], layer.W_dec[j].shape[1])
             was = _decoded(layer, j, active.found, active.x)
             before = before + was
             after = after + (was if active.edited is active.found else _decoded(layer, j, active.edited, active.x))
@@ -270,14 +284,6 @@ class _Splice:
             fault = f"it writes {first} before the forward has come to {late[0]}, which it reads"
             remedy = f"Give the activations at {late[0]}."
         raise DictionaryError(fault, where=where, remedy=remedy)
-
-    def _check_width(self, layer: Dictionary, port: Port, found: int, wanted: int) -> None:
-        if found != wanted:
-            raise DictionaryError(
-                f"{port.site} of the model is {found} wide, the dictionary {wanted}",
-                where=repr(layer),
-                remedy="Use it with the model it was trained on.",
-            )
 
     def _own_reads(self, layer: Dictionary) -> list[Port]:
         return [port for port in layer.reads if port.model == self.side and port not in self.given]

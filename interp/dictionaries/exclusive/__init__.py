@@ -1,11 +1,11 @@
 """Which latents belong to one model only: decoder norms, latent scaling, stability over seeds, causal effect."""
 
+from .difference import paired
 from .halfway import GapClosed, Halfway, halfway
 from .moments import Moments, moments
 from .norms import delta_norm, relative_norm
-from .scaling import Scaling, latent_scaling
+from .scaling import Scaling, latent_scaling, same_basis
 from .stability import LatentStability, Stability, stability
-from .stitch import same_basis, stitch
 from .verdict import Exclusives, LatentVerdict, exclusives
 
 __all__ = [
@@ -22,8 +22,8 @@ __all__ = [
     "halfway",
     "latent_scaling",
     "moments",
+    "paired",
     "relative_norm",
     "same_basis",
     "stability",
-    "stitch",
 ]

@@ -7,13 +7,15 @@ is fitted to the other model (Minder et al. 2504.02922, §2.2):
 
     β_m = argmin Σ_x ‖Y_m(x) − β f(x) v_m‖² = ⟨Σ f·Y_m, v_m⟩ / (Σ f² · ‖v_m‖²)
 
-with Y the model's error plus the latent's own contribution (ν^ε), or its reconstruction from latents (ν^r, without the
-bias: what every token shares is no latent's work). ν is β of the other model over β of the one that owns the latent,
+with Y the model's error plus the latent's own contribution (ν^ε), or its reconstruction (ν^r). The latter is fitted with
+an intercept, unlike in the paper: what the reconstruction holds at every token is no sign of the latent. ν is β of the other model over β of the one that owns the latent,
 so that exchanging parent and successor changes no ν.
 
 **Directions.** In the owner, v is its decoder row d. In the other, of the same length in units of each model's
-activations: ``same`` direction where both models have one basis; else the other model's ``own`` decoder row where it
-has one, else d carried over by a linear map (``stitched``).
+activations: the other model's ``own`` decoder row where it is long enough to point anywhere; else the ``same`` direction
+where both models have one basis; else the direction of the model's ``response``, the slope of its activations on f. (A
+linear map fitted between the models would do for a rotation. Where more concepts than dimensions are packed differently,
+none exists: each direction is carried to a mixture. The latent's activation tells its concept from those it overlaps.)
 
 F latents, D_m the width of model m (0 parent, 1 successor).
 """
@@ -27,11 +29,10 @@ from torch import Tensor
 from ..record import Dictionary
 from .moments import Moments, moments
 from .norms import norms
-from .stitch import same_basis, stitch
 
-WAYS = ("same", "own", "stitched")
-NEGLIGIBLE = 0.1
-"""A decoder row below this share of the owner's is not trusted to point anywhere."""
+WAYS = ("own", "same", "response")
+NEGLIGIBLE = 0.25
+"""A decoder row below this share of the owner's is not trusted to point anywhere: training leaves rows of noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +44,13 @@ class Scaling:
         nu_error: ν^ε [F], 0 where the other model holds nothing of the latent, about 1 where it is shared; NaN where
             the latent is never active.
         nu_reconstruction: ν^r [F].
+        trace: [F], what the other model holds of the latent in whatever direction: the length of the mean of what ν^ε is
+            a projection of, less what chance makes of it, in the units of ν^ε. Needs no direction, but takes every
+            imperfection of the dictionary for a trace.
         way: int64 [F], index into :data:`WAYS`: where the direction in the other model came from.
         direction: per model [F, D_m], the directions used, of length 1 (0 where the latent writes nothing).
-        carried: [F], length at which a unit of the owner's direction arrives in the other model, each in its own units:
-            near 0, a stitched direction is chance; 1 where it was not stitched.
+        carried: [F], the length of the response, 1 for a shared concept; near 0 its direction is chance. 1 where the
+            direction is not the response's.
         unit: [F], what one unit of ν^ε is in the other model: Σ f² · ‖v‖ · β of the owner.
         sums: what it was computed from.
     """
@@ -54,6 +58,7 @@ class Scaling:
     owner: Tensor
     nu_error: Tensor
     nu_reconstruction: Tensor
+    trace: Tensor
     way: Tensor
     direction: tuple[Tensor, Tensor]
     carried: Tensor
@@ -72,25 +77,28 @@ def latent_scaling(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) 
     Raises:
         ValueError: no tokens, or the dictionary is not of two models.
     """
-    in_step = same_basis(dictionary)
-    sums = moments(dictionary, batches, products=not in_step)
+    sums = moments(dictionary, batches)
     length = norms(dictionary, sums.scales)
     owner = (length[1] >= length[0]).long()
-    direction, way, carried = _directions(dictionary, sums, owner, length, in_step)
+    direction, way, carried = _directions(dictionary, sums, owner, length)
     size = length.amax(0)
     betas = [_betas(dictionary, sums, m, direction[m], size * sums.scales[m]) for m in range(2)]
     error, written = (torch.stack([model[i] for model in betas]) for i in range(2))
     of_other, of_owner = (1 - owner)[None], owner[None]
     at_owner = error.gather(0, of_owner)[0]
     scales = torch.tensor(sums.scales, dtype=torch.float64, device=size.device)
+    one = sums.square * size * scales[1 - owner] * at_owner
+    every = torch.arange(len(owner), device=owner.device)
+    mean = torch.stack([held(dictionary, sums, m, every).square().sum(1) - sums.error_energy[m] for m in range(2)])
     return Scaling(
         owner=owner,
         nu_error=error.gather(0, of_other)[0] / at_owner,
         nu_reconstruction=written.gather(0, of_other)[0] / written.gather(0, of_owner)[0],
+        trace=mean.gather(0, of_other)[0].clamp_min(0).sqrt() / one,
         way=way,
         direction=direction,
         carried=carried,
-        unit=sums.square * size * scales[1 - owner] * at_owner,
+        unit=one,
         sums=sums,
     )
 
@@ -107,24 +115,50 @@ def _betas(
     own = (dictionary.W_dec[model].double() * direction).sum(1) * sums.square
     energy = sums.square * length
     error = ((sums.error[model] * direction).sum(1) + own) / energy
-    return error, (sums.written[model] * direction).sum(1) / energy
+    along = (sums.written[model] * direction).sum(1) - sums.total * (direction @ sums.written_mean[model])
+    return error, along / (sums.variance * length)
+
+
+def same_basis(dictionary: Dictionary) -> bool:
+    """Whether directions of one model mean the same in the other.
+
+    Models of one width are taken to share their basis (a fine-tuned model does), unless the dictionary shows otherwise:
+    the mean cosine of the two decoder rows of latents that write to both, at least 30 of them, is below ½.
+    """
+    parent, successor = (decoder.double() for decoder in dictionary.W_dec)
+    if parent.shape != successor.shape:
+        return False
+    length = norms(dictionary)
+    both = length.amin(0) >= NEGLIGIBLE * length.amax(0)
+    cosines = (unit(parent) * unit(successor)).sum(1)[both & (length.amax(0) > 0)]
+    return len(cosines) < 30 or bool(cosines.mean() > 0.5)
 
 
 def _directions(
-    dictionary: Dictionary, sums: Moments, owner: Tensor, length: Tensor, in_step: bool
+    dictionary: Dictionary, sums: Moments, owner: Tensor, length: Tensor
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Unit directions per model, the way to the other model's, and the length at which they arrive there."""
+    """Unit directions per model, the way to the other model's, and the length of the response there."""
     rows = [unit(decoder.double()) for decoder in dictionary.W_dec]
     trusted = length.amin(0) >= NEGLIGIBLE * length.amax(0)
+    in_step = same_basis(dictionary)
     out, carried = [], torch.ones_like(length[0])
     for m in range(2):
-        elsewhere = rows[1 - m] if in_step else rows[1 - m] @ stitch(sums, 1 - m)
-        keep = owner == m if in_step else (owner == m) | trusted
-        out.append(torch.where(keep[:, None], rows[m], unit(elsewhere)))
-        arrives = elsewhere.norm(dim=1) * sums.scales[1 - m] / sums.scales[m]
-        carried = torch.where(keep | (owner == m), carried, arrives)
-    way = torch.zeros_like(owner) if in_step else torch.where(trusted, 1, 2)
-    return (out[0], out[1]), way, torch.ones_like(carried) if in_step else carried
+        slope = _response(dictionary, sums, m)
+        elsewhere = rows[1 - m] if in_step else unit(slope)
+        out.append(torch.where(((owner == m) | trusted)[:, None], rows[m], elsewhere))
+        if not in_step:
+            reach = slope.norm(dim=1) / (length.amax(0) * sums.scales[m])
+            carried = torch.where((owner == m) | trusted, carried, reach)
+    way = torch.where(trusted, WAYS.index("own"), WAYS.index("same" if in_step else "response"))
+    return (out[0], out[1]), way, carried
+
+
+def _response(dictionary: Dictionary, sums: Moments, model: int) -> Tensor:
+    """Slope of a model's activations on each latent's, [F, D]."""
+    offset = dictionary.b_dec[model].double() - sums.mean[model]
+    covariance = sums.error[model] + sums.written[model] + torch.outer(sums.total, offset)
+    variance = torch.where(sums.variance > 0, sums.variance, torch.ones_like(sums.variance))
+    return covariance / variance[:, None]
 
 
 def unit(rows: Tensor) -> Tensor:

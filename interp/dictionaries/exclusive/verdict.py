@@ -5,12 +5,13 @@ A large Δnorm alone is a claim about the dictionary, not about the models. A la
 * no other latent writes the same direction in the other model, or in both (a **twin**: latent decoupling);
 * the other model's error holds nothing along it when it is active (ν^ε: complete shrinkage), neither as much as a
   shared latent's would, nor reliably more than along directions of unrelated latents (a concept that the other model
-  holds weakly is shared: amplified, not new);
+  holds weakly is shared: amplified, not new), nor, where the models share no basis, anything in another direction;
 * the other model's reconstruction does not write it through several others (ν^r).
 
-Cut-offs come from the pair itself: the band that holds 95 % of ν over the shared latents, where it reaches lower than
-the published 0.2 and 0.5 (Minder et al. 2504.02922, §2–3). Closed forms make ν of all shared latents cheap, so the band
-is of all of them, not of a sample.
+Cut-offs come from the pair itself: the low end of the band that holds 95 % of ν over the shared latents, where it lies
+below the published 0.2 and 0.5 (Minder et al. 2504.02922, §2–3), but never below half of those: further down, the band
+says that some shared latents are badly learned. Closed forms make ν of all shared latents cheap, so the band is of all
+of them, not of a sample.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,9 @@ FEWEST = 30
 RELIABLE = 4.0
 """How many times the spread over unrelated directions ν^ε must reach for a weak trace to count."""
 WEAKEST = 0.02
-"""A ν^ε below this is no trace, however reliable: directions are fitted on the same tokens."""
+"""A ν^ε below this is no trace, however reliable: directions of responses come from the same tokens."""
+TRACE = 0.08
+"""Where the models share no basis: what the other's error may hold in whatever direction."""
 CHUNK = 1024
 
 
@@ -53,8 +56,9 @@ class LatentVerdict:
         model: the model with the larger decoder row.
         delta_norm: 1 successor only, 0 parent only.
         nu_error, nu_reconstruction: latent scaling in the other model.
+        trace: the other model's response in whatever direction (:class:`.scaling.Scaling`).
         floor: spread of ν^ε over directions of unrelated latents; None if it did not come to that.
-        way: where the direction in the other model came from (``same``, ``own``, ``stitched``).
+        way: where the direction in the other model came from (``own``, ``same``, ``response``).
         nearest: another latent that writes nearly this direction in the other model or in both, and ``cosine``; None
             where none could.
         rate: share of tokens on which it is active.
@@ -67,6 +71,7 @@ class LatentVerdict:
     delta_norm: float
     nu_error: float
     nu_reconstruction: float
+    trace: float
     floor: float | None
     way: str
     nearest: int | None
@@ -145,6 +150,8 @@ def exclusives(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) -> E
             reason = f"the {other} writes it through other latents"
         elif nu > WEAKEST and nu - float(centre[i]) > RELIABLE * float(floor[i]):
             reason = f"the {other} holds it weakly"
+        elif WAYS[int(scaling.way[j])] == "response" and float(scaling.trace[j]) >= TRACE:
+            reason = f"the {other}'s error responds to it"
         elif extreme:
             verdict = "successor-only" if owner == "successor" else "parent-only"
             reason = f"the {other} holds nothing of it"
@@ -159,6 +166,7 @@ def exclusives(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) -> E
                 delta_norm=float(delta[j]),
                 nu_error=nu,
                 nu_reconstruction=nu_r,
+                trace=float(scaling.trace[j]),
                 floor=None if i is None else float(floor[i]),
                 way=WAYS[int(scaling.way[j])],
                 nearest=None if i is None or int(nearest[i]) < 0 else int(nearest[i]),
@@ -191,7 +199,7 @@ def twins(dictionary: Dictionary, scaling: Scaling, delta: Tensor, latents: Tens
             mine = scaling.owner[part] == owner
             here = (rows[owner][part] @ rows[owner].T).masked_fill(~two_sided, -1)
             there = (scaling.direction[1 - owner][part] @ rows[1 - owner].T).masked_fill(~writes[1 - owner], -1)
-            # What a stitch hardly carries over arrives in whatever direction chance correlates with.
+            # A model that hardly responds does so in whatever direction chance correlates with.
             there = there.masked_fill((scaling.carried[part] < NU_ERROR)[:, None], -1)
             cosines = torch.where(mine[:, None], torch.maximum(here, there), cosines)
         cosines[torch.arange(len(part)), part] = -1
@@ -233,7 +241,7 @@ def _band(values: Tensor) -> tuple[float, float] | None:
 
 
 def _cut(published: float, band: tuple[float, float] | None) -> float:
-    return published if band is None else min(published, band[0])
+    return published if band is None else min(published, max(band[0], published / 2))
 
 
 def _rank(each: LatentVerdict) -> tuple[bool, bool, float, float]:

@@ -15,8 +15,8 @@ from heredity.interp.dictionaries.exclusive import (
     moments,
     relative_norm,
     same_basis,
-    stitch,
 )
+from heredity.interp.dictionaries.exclusive.scaling import WAYS
 from heredity.kernels import JumpReLU, TopK
 
 PORTS = (Port("resid_post@1", 0), Port("resid_post@1", 1))
@@ -196,7 +196,7 @@ class TestScaling:
         tokens, n = sizes
         dictionary = random_crosscoder((12, 12), n, seed=tokens)
         # Alike enough to count as one basis.
-        dictionary.W_dec[1].mul_(0.3).add_(dictionary.W_dec[0] * (0.2 + torch.rand(n, 1, dtype=torch.float64)))
+        dictionary.W_dec[1].mul_(0.1).add_(dictionary.W_dec[0] * (0.1 + torch.rand(n, 1, dtype=torch.float64)))
         x = (torch.randn(tokens, 12, dtype=torch.float64), torch.randn(tokens, 12, dtype=torch.float64))
         found = latent_scaling(dictionary, in_batches(x, 19))
         features = dictionary.encode(*x).to_dense()
@@ -207,12 +207,18 @@ class TestScaling:
             owner = int(norms[1][j] >= norms[0][j])
             betas = {}
             for m in range(2):
-                unit_direction = dictionary.W_dec[owner][j] * scales[m] / scales[owner]
+                # Of the owner's length in the model's units; along its own row unless that is negligible.
+                own = norms[m][j] >= 0.25 * norms[owner][j]
+                row = dictionary.W_dec[m if own else owner][j]
+                unit_direction = row / row.norm() * norms[owner][j] * scales[m]
+                assert WAYS[found.way[j]] == ("own" if min(n[j] for n in norms) >= 0.25 * norms[owner][j] else "same")
                 design = torch.outer(features[:, j], unit_direction).reshape(-1, 1)
                 latent = torch.outer(features[:, j], dictionary.W_dec[m][j])
-                targets = {"error": x[m] - (out[m] - latent), "reconstruction": out[m] - dictionary.b_dec[m]}
-                for name, target in targets.items():
-                    betas[name, m] = float(torch.linalg.lstsq(design, target.reshape(-1, 1)).solution)
+                error = x[m] - (out[m] - latent)
+                betas["error", m] = float(torch.linalg.lstsq(design, error.reshape(-1, 1)).solution)
+                # The reconstruction's fit has an intercept in every coordinate.
+                design = torch.cat([design, torch.eye(12, dtype=torch.float64).repeat(tokens, 1)], 1)
+                betas["reconstruction", m] = float(torch.linalg.lstsq(design, out[m].reshape(-1, 1)).solution[0])
             assert found.owner[j] == owner
             for name, got in (("error", found.nu_error), ("reconstruction", found.nu_reconstruction)):
                 assert float(got[j]) == pytest.approx(betas[name, 1 - owner] / betas[name, owner], rel=1e-8)
@@ -240,20 +246,21 @@ class TestScaling:
         world, latents = planted(width=80)
         dictionary = world.dictionary(latents)
         found = latent_scaling(dictionary, [world.activations()])
-        assert found.way[10] == 1, "its own row, where it has one"
-        assert found.way[WEAK] == 2, "stitched, where the dictionary says zero"
+        assert WAYS[found.way[10]] == "own"
+        assert WAYS[found.way[WEAK]] == "response", "where the dictionary says zero"
         assert float(found.direction[0][WEAK] @ world.parent[WEAK]) > 0.95
+        assert float(found.carried[WEAK]) == pytest.approx(0.3, abs=0.05)
+        assert float(found.trace[WEAK]) == pytest.approx(0.3, abs=0.05)
+        assert float(found.trace[SUCCESSOR_ONLY]) < 0.04
         assert not same_basis(dictionary)
-        assert same_basis(planted()[0].dictionary(latents))
 
-    def test_stitch_finds_a_linear_map(self) -> None:
-        dictionary = random_crosscoder((9, 6), 8, seed=6)
-        x = torch.randn(500, 9, dtype=torch.float64)
-        true = torch.randn(9, 6, dtype=torch.float64)
-        sums = moments(dictionary, in_batches((x, x @ true + 3)), products=True)
-        assert torch.allclose(stitch(sums, 0), true, atol=0.01)
-        with pytest.raises(ValueError, match="products"):
-            stitch(replace(sums, products=None), 0)
+    def test_directions_in_one_basis(self) -> None:
+        world, latents = planted()
+        dictionary = world.dictionary(latents)
+        found = latent_scaling(dictionary, [world.activations()])
+        assert same_basis(dictionary)
+        assert WAYS[found.way[WEAK]] == "same"
+        assert torch.allclose(found.direction[0][WEAK], world.parent[WEAK], atol=1e-6)
 
     def test_no_tokens(self) -> None:
         with pytest.raises(ValueError, match="no tokens"):

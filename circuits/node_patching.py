@@ -1,0 +1,101 @@
+"""What single sources really carry: each exchanged in a run of its own, many runs at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from heredity.interp.model import Edit, Model
+
+from .edge_patching import GROUP_TOKENS, written
+from .layout import NodeLayout
+from .pairs import Metric, Pairs
+from .writes import ENTRY, both, head_writes, mlp_write, write_site
+
+PASS_TOKENS = 512
+"""Padded tokens in one forward."""
+
+
+def patch_nodes(
+    model: Model, layout: NodeLayout, pairs: Pairs, metric: Metric, nodes: Sequence[int] | None = None
+) -> Tensor:
+    """m(x) − m(x with a source writing what it writes on x′), float64 [nodes, N].
+
+    The indirect effect by noising, with the sign of :mod:`.edges`: positive supports the behaviour.
+
+    Args:
+        model, layout, pairs, metric: as elsewhere.
+        nodes: rows of ``layout.sources``; all if None.
+    """
+    chosen = list(range(len(layout.sources)) if nodes is None else nodes)
+    found = torch.zeros(len(chosen), len(pairs), dtype=torch.float64)
+    for rows in pairs.groups(GROUP_TOKENS):
+        group = pairs.of(rows)
+        other = written(model, layout, group.corrupt)
+        with torch.inference_mode():
+            base = metric(model.logits(group.clean), rows).double()
+            per_pass = max(1, PASS_TOKENS // group.clean.numel())
+            for first in range(0, len(chosen), per_pass):
+                batch = chosen[first : first + per_pass]
+                logits = model.logits(group.clean.repeat(len(batch), 1), edits=_edits(model, layout, batch, other))
+                values = metric(logits, rows.repeat(len(batch))).double().unflatten(0, (len(batch), len(group)))
+                found[first : first + len(batch), rows] = base - values
+    return found
+
+
+def _edits(model: Model, layout: NodeLayout, nodes: list[int], other: Tensor) -> dict[str, Edit]:
+    """Exchange ``nodes[i]`` in the i-th of as many copies of the batch."""
+    n = other.shape[1]
+    edits: dict[str, Edit] = {}
+    z: dict[int, Tensor] = {}
+    out: dict[int, Tensor] = {}
+
+    def keep(store: dict[int, Tensor], layer: int) -> Edit:
+        def edit(value: Tensor) -> Tensor:
+            store[layer] = value
+            return value
+
+        return edit
+
+    def exchange(copies: list[tuple[int, int]], own) -> Edit:
+        def edit(stream: Tensor) -> Tensor:
+            stream = stream.clone()
+            for copy, node in copies:
+                part = slice(copy * n, (copy + 1) * n)
+                stream[part] += other[node] - own(node, part)
+            return stream
+
+        return edit
+
+    if 0 in nodes:
+        entry = nodes.index(0)
+
+        def exchange_entry(value: Tensor) -> Tensor:
+            value = value.clone()
+            value[entry * n : (entry + 1) * n] = other[0]
+            return value
+
+        edits[ENTRY] = exchange_entry
+    for layer in range(layout.n_layers):
+        rows = layout.written_by(layer)
+        heads = [(i, node) for i, node in enumerate(nodes) if rows.start <= node < rows.stop - 1]
+        mlps = [(i, node) for i, node in enumerate(nodes) if node == rows.stop - 1]
+        if heads:
+            edits[f"attn_z@{layer}"] = keep(z, layer)
+
+            def head(node: int, part: slice, layer: int = layer, first: int = rows.start) -> Tensor:
+                return head_writes(model, layer, z[layer][part], [node - first])[:, :, 0]
+
+            _then(edits, write_site(model, layer, "head"), exchange(heads, head))
+        if mlps:
+
+            def mlp(node: int, part: slice, layer: int = layer) -> Tensor:
+                return mlp_write(model, layer, out[layer][part])
+
+            _then(edits, f"mlp_out@{layer}", keep(out, layer))
+            _then(edits, write_site(model, layer, "mlp"), exchange(mlps, mlp))
+    return edits
+
+
+def _then(edits: dict[str, Edit], site: str, edit: Edit) -> None:
+    edits[site] = both(edits[site], edit) if site in edits else edit
