@@ -62,7 +62,7 @@ def autoencode(
     Raises:
         TypeError, ValueError: as :func:`heredity.kernels.encode` and :func:`heredity.kernels.decode`.
     """
-    xs, weights, n_latents = fitting(x, W_enc, b_enc, norm)
+    xs, weights, n_latents = fitting(x, W_enc, b_enc, activation, norm)
     check.activation(activation, n_latents)
     decoders = check.several(W_dec, "W_dec")
     biases = [] if b_dec is None else check.several(b_dec, "b_dec")
@@ -70,8 +70,11 @@ def autoencode(
     if biases:
         check.matching("W_dec", decoders, "b_dec", biases)
     for m, decoder in enumerate(decoders):
-        check.shaped(decoder, "W_dec", n_latents, xs[m].shape[1])
-        check.alike({"x": xs[m], "W_dec": decoder, "b_dec": biases[m] if biases else None})
+        name = f"[{m}]" if len(decoders) > 1 else ""
+        check.shaped(decoder, f"W_dec{name}", n_latents, xs[m].shape[1])
+        if biases:
+            check.shaped(biases[m], f"b_dec{name}", xs[m].shape[1])
+        check.alike({"x": xs[m], f"W_dec{name}": decoder, f"b_dec{name}": biases[m] if biases else None})
     kind, k, number, bandwidth = _spelled(activation)
     threshold = None
     if isinstance(activation, JumpReLU):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from heredity.kernels import Activation, BatchTopK, JumpReLU, ReLU, TopK, autoencode
-from heredity.kernels.ops.autoencode import _forward
+from heredity.kernels.ops.autoencode import _backward, _forward
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def parameters(tokens: int = 17, width: int = 6, latents: int = 40, seed: int = 0) -> list[Tensor]:
@@ -28,6 +30,28 @@ def test_gradients_are_those_of_finite_differences(activation: Activation) -> No
         return out.reconstruction, out.features.values
 
     assert torch.autograd.gradcheck(outputs, parameters(), eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, JumpReLU(torch.full((40,), 0.7))], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=str
+)
+def test_gradients_in_other_dtypes_are_those_of_dense_float64(
+    dtype: torch.dtype, limit: float, activation: Activation
+) -> None:
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in parameters(tokens=33)]
+    if isinstance(activation, JumpReLU) and isinstance(activation.threshold, Tensor):
+        activation = JumpReLU(activation.threshold.to(dtype))
+    out = autoencode(*leaves, activation)
+    weight = torch.randn(33, 6, generator=torch.Generator().manual_seed(9)).to(dtype)
+    (out.reconstruction * weight).sum().backward()
+    x, encoder, bias, decoder, offset = wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    # Rounding decides what is kept near a threshold, so both keep the same.
+    acts = torch.where(out.features.to_dense() != 0, x @ encoder + bias, 0.0)
+    ((acts @ decoder + offset) * weight.double()).sum().backward()
+    for leaf, truth in zip(leaves, wide, strict=True):
+        assert leaf.grad is not None and truth.grad is not None and leaf.grad.dtype == dtype
+        assert (leaf.grad.double() - truth.grad).norm() <= limit * truth.grad.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 90])
@@ -134,11 +158,28 @@ def test_the_op_keeps_to_its_schema_and_its_fake_tensors(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["top", "jump"])
+def test_the_op_of_the_gradients_keeps_to_its_schema_and_its_fake_tensors(kind: str) -> None:
+    x, weight, bias, decoder, offset = (leaf.detach() for leaf in parameters())
+    threshold = torch.full((40,), 0.7, dtype=torch.float64) if kind == "jump" else None
+    out = _forward([x], [weight], bias, [decoder], [offset], threshold, None, kind, 5, 0.0, 0.5)
+    stored = out[:3] if threshold is None else out[4:7]
+    extra, of_active = torch.ones_like(out[2]), torch.ones_like(out[3])
+    rest = ([x], [weight], [decoder], threshold, [x], extra, of_active, 0.5)
+    for want_x in (False, True):
+        torch.library.opcheck(_backward, (*stored, *rest, want_x), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_what_encode_refuses_is_refused_here_too() -> None:
     x, weight, bias, decoder, offset = parameters()
     with pytest.raises(ValueError, match=r"x\[0, 0\] is nan"):
         autoencode(x * float("nan"), weight, bias, decoder, offset, TopK(5))
     with pytest.raises(ValueError, match=r"W_dec must have shape \[40, 6\], not \[39, 6\]"):
         autoencode(x, weight, bias, decoder[:-1], offset, TopK(5))
+    for wrong in (offset[:1], offset[:5]):
+        with pytest.raises(ValueError, match=r"b_dec must have shape \[6\], not"):
+            autoencode(x, weight, bias, decoder, wrong, TopK(5))
+    with pytest.raises(ValueError, match="norm weighs what TopK and BatchTopK select"):
+        autoencode(x, weight, bias, decoder, offset, JumpReLU(0.7), norm=torch.ones(40).double())
     with pytest.raises(ValueError, match=r"TopK\.k"):
         autoencode(x, weight, bias, decoder, offset, TopK(41))

@@ -1,11 +1,16 @@
 """encode against its definition in float64, on fresh inputs and on rows made to be hard."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from heredity.kernels import Activation, BatchTopK, FeatureCSR, JumpReLU, ReLU, TopK, encode
 from heredity.kernels.ops.encode import cpu
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def drawn(tokens: int, width: int, latents: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +49,8 @@ def test_the_same_latents_as_the_definition_in_float64(name: str, shape: tuple[i
     want = encode(x.double(), weight.double(), bias.double(), wide, impl="reference")
     got = encode(x, weight, bias, activation, impl="cpu").validate()
     assert same(got, want) and got.dtype == torch.float32
+    got = encode(x.double(), weight.double(), bias.double(), wide, impl="cpu")
+    assert same(got, want) and got.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", activations(8))
@@ -53,6 +60,26 @@ def test_several_blocks_of_tokens_and_tiles_of_latents(name: str, monkeypatch: p
     x, weight, bias = drawn(40, 9, 203, seed=3)
     activation = activations(203)[name]
     assert same(encode(x, weight, bias, activation, impl="cpu"), encode(x, weight, bias, activation, impl="reference"))
+
+
+@pytest.mark.parametrize("activation", [TopK(3), BatchTopK(k=3)], ids=str)
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
+def test_candidates_in_an_order_that_fills_every_buffer(
+    order: str, activation: Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ascending order each tile displaces all that was kept, so what is put by is searched again and again."""
+    monkeypatch.setattr(cpu, "LATENTS", 16)
+    monkeypatch.setattr(cpu, "TOKENS", 4)
+    searched: list[int] = []
+    name = "_best_of_rows" if isinstance(activation, TopK) else "_best_of_all"
+    search = getattr(cpu, name)
+    monkeypatch.setattr(cpu, name, lambda found, *rest: searched.append(len(found.rows)) or search(found, *rest))
+    row = {"ascending": torch.arange(1.0, 401), "descending": torch.arange(400.0, 0, -1), "equal": torch.ones(400)}
+    rows = row[order].repeat(9, 1)
+    got = encode(rows, torch.eye(400), None, activation, impl="cpu").to_dense()
+    assert torch.equal(got, torch.where(kept_slowly(rows, activation), rows, 0.0))
+    if order == "ascending":
+        assert len(searched) > 9 and max(searched) > 4 * 3 * 4
 
 
 def hard_rows(latents: int) -> Tensor:
@@ -184,13 +211,19 @@ X, W, B = torch.ones(3, 4), torch.ones(4, 6), torch.ones(6)
         (([X, X], [W], B, ReLU()), ValueError, "x holds 2 arrays and W_enc 1"),
         (([], [], B, ReLU()), ValueError, "x is an empty list"),
         (([X, X[:2]], [W, W], B, ReLU()), ValueError, r"x\[1\] must have shape \[3, any\]"),
+        (([X, X], [W, torch.ones(4, 5)], B, ReLU()), ValueError, r"W_enc\[1\] must have shape \[4, 6\]"),
         ((X, W, B, TopK(7)), ValueError, r"TopK.k must lie in \[1, 6\]"),
+        ((X, W, B, BatchTopK(k=7)), ValueError, r"BatchTopK.k must lie in \[1, 6\]"),
+        ((X, W, B, BatchTopK(threshold=float("nan"))), ValueError, "BatchTopK.threshold is nan"),
+        ((X, W, B, JumpReLU(float("nan"))), ValueError, "JumpReLU.threshold is nan"),
+        ((X, W, B, JumpReLU(B.to("meta"))), ValueError, "JumpReLU.threshold is on meta and x on cpu"),
         ((X, W, B, TopK(0)), ValueError, "TopK.k"),
         ((X, W, B, BatchTopK()), ValueError, "exactly one of k and threshold"),
         ((X, W, B, BatchTopK(k=1, threshold=0.1)), ValueError, "exactly one of k and threshold"),
         ((X, W, B, JumpReLU(torch.ones(5))), ValueError, r"JumpReLU.threshold must have shape \[6\]"),
         ((X, W, B, JumpReLU(B * float("nan"))), ValueError, r"JumpReLU.threshold\[0\] is nan"),
-        ((X, W, B, JumpReLU(1.0, bandwidth=0.0)), ValueError, "bandwidth must be above 0"),
+        ((X, W, B, JumpReLU(1.0, bandwidth=0.0)), ValueError, "bandwidth must be a number above 0"),
+        ((X, W, B, JumpReLU(1.0, bandwidth=float("inf"))), ValueError, "bandwidth must be a number above 0"),
         ((X.index_fill(1, torch.tensor(2), float("inf")), W, B, ReLU()), ValueError, r"x\[0, 2\] is inf; 3 entries"),
         ((X, W.index_fill(0, torch.tensor(1), float("nan")), B, ReLU()), ValueError, r"W_enc\[1, 0\] is nan"),
     ],
@@ -198,6 +231,55 @@ X, W, B = torch.ones(3, 4), torch.ones(4, 6), torch.ones(6)
 def test_refused(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         encode(*arguments)
+
+
+UNCHECKED = """
+import torch
+from heredity.kernels import BatchTopK, ReLU, TopK, encode
+
+for activation in (ReLU, "relu", TopK(2.0), BatchTopK(k=True)):
+    try:
+        encode(torch.ones(3, 4), torch.ones(4, 6), None, activation)
+    except TypeError as error:
+        print(error)
+"""
+
+
+def test_types_that_are_refused_where_nothing_checks_them() -> None:
+    """In a process of its own: here the annotations of the package are checked."""
+    done = subprocess.run([sys.executable, "-c", UNCHECKED], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "activation must be a ReLU, JumpReLU, TopK or BatchTopK, not <class 'heredity.kernels.activations.ReLU'>",
+        "activation must be a ReLU, JumpReLU, TopK or BatchTopK, not 'relu'",
+        "TopK.k must be a whole number, not 2.0",
+        "BatchTopK.k must be a whole number, not True",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("activation", "norm", "message"),
+    [
+        (ReLU(), B, "norm weighs what TopK and BatchTopK select; ReLU"),
+        (JumpReLU(1.0), B, "JumpReLU.* takes none"),
+        (TopK(2), -B, r"norm\[0\] is negative"),
+        (TopK(2), B * float("nan"), r"norm\[0\] is nan"),
+        (TopK(2), B[:5], r"norm must have shape \[6\]"),
+    ],
+)
+def test_norms_refused(activation: Activation, norm: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(X, W, B, activation, norm=norm)
+
+
+@pytest.mark.parametrize("activation", [ReLU(), TopK(2)], ids=str)
+def test_sums_that_overflow_to_nan_are_refused_and_infinity_is_kept(activation: Activation) -> None:
+    x = torch.tensor([[1.0, 1.0], [3e38, 3e38]])
+    with pytest.raises(ValueError, match=r"token 1 and latent 2 overflows torch.float32 in both directions"):
+        encode(x, torch.tensor([[1.0, 1.0, 2.0], [1.0, 0.0, -2.0]]), None, activation)
+    found = encode(x, torch.tensor([[1.0, 1.0], [1.0, -0.5]]), None, activation)
+    assert found.to_dense().tolist() == [[2.0, 0.5], [float("inf"), pytest.approx(1.5e38)]]
+    half = encode(torch.full((1, 2), 6e4).half(), torch.tensor([[1.0, 1.0], [1.0, -2.0]]).half(), None, activation)
+    assert half.to_dense().tolist() == [[float("inf"), 0.0]]
 
 
 @pytest.mark.parametrize("latents", [[0, 0], [6], [-1]])
