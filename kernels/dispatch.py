@@ -19,6 +19,8 @@ from torch import Tensor
 
 VARIABLE = "HEREDITY_KERNELS"
 
+OPS = ("encode", "decode", "backward", "attribute", "statistics")
+
 _asked: ContextVar[str | None] = ContextVar("asked", default=None)
 
 
@@ -40,7 +42,8 @@ class Op:
         """Run the op, recording no gradients.
 
         Raises:
-            ValueError: the implementation asked for does not exist or can't serve this call.
+            ValueError: the implementation asked for does not exist or can't serve this call, or one was asked for an
+                op that does not exist.
         """
         wanted = impl or _named(self.name, _asked.get()) or _named(self.name, os.environ.get(VARIABLE))
         reasons = self.explain(*args)
@@ -90,11 +93,14 @@ def use(asked: str) -> Iterator[None]:
 
 def _named(op: str, asked: str | None) -> str | None:
     """The implementation of ``op`` that ``asked`` names."""
-    for part in (asked or "").split(","):
-        name, _, implementation = part.strip().rpartition(":")
-        if implementation and name in ("", op):
-            return implementation
-    return None
+    found = None
+    for part in filter(None, map(str.strip, (asked or "").split(","))):
+        name, _, implementation = part.rpartition(":")
+        if name not in ("", *OPS):
+            raise ValueError(f"{VARIABLE} or use(…) asks for {part!r}; the ops are {', '.join(OPS)}")
+        if name in ("", op):
+            found = found or implementation
+    return found
 
 
 def _interpreted() -> bool:

@@ -1,7 +1,11 @@
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 
-from heredity.kernels import FeatureCSR, ReLU, encode, use
+from heredity.kernels import FeatureCSR, ReLU, encode, ops, use
+from heredity.kernels.dispatch import OPS
 from heredity.kernels.ops.encode import run
 
 X, W = torch.ones(2, 3), torch.ones(3, 4)
@@ -51,3 +55,20 @@ def test_float64_is_never_given_to_triton() -> None:
     assert run.explain(*double)["triton"] == "float64 is left to the reference"
     with pytest.raises(ValueError, match="'triton' can't serve this call: float64"):
         encode(X.double(), W.double(), None, ReLU(), impl="triton")
+
+
+@pytest.mark.parametrize("asked", ["encod:cpu", "cpu,decodes:reference"])
+def test_an_op_that_does_not_exist_is_named(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEREDITY_KERNELS", asked)
+    with pytest.raises(ValueError, match="the ops are encode, decode, backward, attribute, statistics"):
+        encode(X, W, None, ReLU())
+    monkeypatch.setenv("HEREDITY_KERNELS", "")
+    with use(asked), pytest.raises(ValueError, match="the ops are encode"):
+        encode(X, W, None, ReLU())
+
+
+def test_the_ops_that_can_be_asked_for_are_those_there_are() -> None:
+    homes = {path.parent.name for path in Path(str(ops.__path__[0])).glob("*/reference.py")}
+    assert homes == set(OPS)
+    for name in OPS:
+        assert import_module(f"heredity.kernels.ops.{name}").run.name == name
