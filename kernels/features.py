@@ -168,9 +168,16 @@ class FeatureCSR:
         """Entries [N] in any order.
 
         Raises:
-            ValueError: an entry lies outside ``shape`` (tokens, latents), or one stands there twice.
+            TypeError: places are not whole numbers.
+            ValueError: an entry lies outside ``shape`` (tokens, latents), or one stands there twice, or there are not
+                as many tokens, latents and values.
         """
         n_tokens, n_latents = shape
+        if tokens.is_floating_point() or latents.is_floating_point():
+            raise TypeError(f"tokens and latents must be whole numbers, not {tokens.dtype} and {latents.dtype}")
+        if not len(tokens) == len(latents) == len(values):
+            counts = f"{len(tokens)} tokens, {len(latents)} latents and {len(values)} values"
+            raise ValueError(f"{counts}: give as many of each")
         for name, ids, size in (("tokens", tokens, n_tokens), ("latents", latents, n_latents)):
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
                 raise ValueError(f"{name} must lie in [0, {size})")
@@ -227,9 +234,12 @@ class FeatureCSR:
                 if metadata.get("format") != "FeatureCSR" or not metadata.get("n_latents", "").isdecimal():
                     raise ValueError(f"{path}: not a FeatureCSR file (its metadata do not say so)")
                 indptr, indices, values = (file.get_tensor(name) for name in ("indptr", "indices", "values"))
-            return cls(indptr, indices, values, int(metadata["n_latents"])).validate()
-        except (SafetensorError, TypeError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{path}: not a FeatureCSR file ({error})") from error
+        try:
+            return cls(indptr, indices, values, int(metadata["n_latents"])).validate()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; write it again with FeatureCSR.save") from error
 
 
 def starts(counts: Tensor) -> Tensor:

@@ -40,6 +40,19 @@ def test_coo_that_is_no_matrix(tokens: list[int], latents: list[int], message: s
         FeatureCSR.from_coo(torch.tensor(tokens), torch.tensor(latents), torch.ones(2), (3, 4))
 
 
+def test_coo_of_different_lengths_or_kinds() -> None:
+    with pytest.raises(ValueError, match="2 tokens, 1 latents and 2 values: give as many of each"):
+        FeatureCSR.from_coo(torch.tensor([0, 1]), torch.tensor([1]), torch.ones(2), (3, 4))
+    with pytest.raises(TypeError, match=r"whole numbers, not torch.float32 and torch.int64"):
+        FeatureCSR.from_coo(torch.tensor([0.5]), torch.tensor([1]), torch.ones(1), (3, 4))
+
+
+def test_the_view_by_latent_is_computed_once_and_shared_with_other_values() -> None:
+    features = FeatureCSR.from_dense(sparse(9, 20, 0.3))
+    view = features.by_latent
+    assert features.by_latent is view and features.with_values(features.values * 2).by_latent is view
+
+
 def test_by_latent_holds_the_columns_with_tokens_ascending() -> None:
     dense = sparse(40, 30, 0.2)
     features = FeatureCSR.from_dense(dense)
@@ -98,8 +111,9 @@ def test_saved_and_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_a_file_out_of_order_is_refused(change: dict[str, Tensor], message: str, tmp_path: Path) -> None:
     good = {"indptr": torch.tensor([0, 2, 2, 3]), "indices": torch.tensor([0, 1, 2]).int(), "values": torch.ones(3)}
     save_file(good | change, tmp_path / "f", {"format": "FeatureCSR", "n_latents": "4"})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         FeatureCSR.load(tmp_path / "f")
+    assert str(refused.value).startswith(str(tmp_path / "f"))
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
