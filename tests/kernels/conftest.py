@@ -10,6 +10,7 @@ The interpreter accepts what the compiler would refuse, hence the ``compiled`` f
 nor rounding to bf16 (triton-lang/triton#11584), so kernels convert bf16 to fp32 right after loading it.
 """
 
+import mmap
 import os
 import re
 import subprocess
@@ -20,9 +21,12 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -89,6 +93,26 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def far_rows() -> Callable[..., "torch.Tensor"]:
+    """A copy [n, d] of a matrix [n, d] whose rows lie so far apart that offsets of the last exceed 32 bits."""
+    import torch
+
+    # Linux: pages that are never touched take no memory and are not promised any either.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+
+    def spread(rows: torch.Tensor, stride: int = 2**30 + 2**20) -> torch.Tensor:
+        n, d = rows.shape
+        size = (n - 1) * stride + d
+        if rows.is_cuda:
+            memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
+        else:
+            memory = torch.frombuffer(mmap.mmap(-1, size * rows.dtype.itemsize, flags=flags), dtype=rows.dtype)
+        return memory.as_strided((n, d), (stride, 1)).copy_(rows)
+
+    return spread
 
 
 @dataclass(frozen=True)

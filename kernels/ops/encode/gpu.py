@@ -23,8 +23,8 @@ from .select_gpu import above, top
 CHUNK = 512 * 2**20
 """Bytes of pre-activations at a time (one token's, if those are more)."""
 
-TOKENS = 32_768
-"""Tokens at a time, at most: keeps offsets within activations in 32 bits."""
+OFFSETS = 2**31
+"""Offsets within activations are below this: the product computes them in 32 bits."""
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def encode(
     gates, floor = _gates(activation, window, xs[0].device)
     k = activation.k if isinstance(activation, BatchTopK) else None
     best = None if k is None else _Best(k * n_tokens)
-    rows = min(max(CHUNK // (max(padded(n_latents), 1) * xs[0].element_size()), 1), TOKENS)
+    rows = min(max(CHUNK // (max(padded(n_latents), 1) * xs[0].element_size()), 1), tokens_at_once(xs))
     parts = []
     for first in range(0, n_tokens if n_latents else 0, rows):
         gated = multiply([x[first : first + rows] for x in xs], weights, bias, norm, gates, floor)
@@ -58,6 +58,11 @@ def encode(
         return parts[0] if len(parts) == 1 else FeatureCSR.concatenate(parts)
     indptr = torch.zeros(n_tokens + 1, dtype=torch.int64, device=xs[0].device)
     return FeatureCSR(indptr, indptr.new_zeros(0, dtype=torch.int32), xs[0].new_zeros(0), n_latents)
+
+
+def tokens_at_once(xs: Sequence[Tensor]) -> int:
+    """As many as have their activations within ``OFFSETS``, also where a row is a slice of a much longer one."""
+    return max(OFFSETS // max(max(x.stride(0) + x.shape[1] for x in xs), 1), 1)
 
 
 def _gates(activation: Activation, window: float, device: torch.device) -> tuple[Tensor | None, float]:
