@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from heredity.kernels.features import FeatureCSR
-from heredity.kernels.ops.decode import decode, residual
+from heredity.kernels.ops.decode import decode, gpu, residual
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DENSE_FROM = gpu.DENSE_FROM
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel serves however many latents are active."""
+    monkeypatch.setattr(gpu, "DENSE_FROM", {2: 1.0, 4: 1.0})
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -105,3 +112,32 @@ def test_every_run_gives_the_same_sums(device: str) -> None:
     (left, squares), (other, others) = (residual(features, decoder, None, target, impl="triton") for _ in range(2))
     assert torch.equal(left, other)
     assert torch.equal(squares, others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [1, 3 * 300 * 2, 10**9])
+def test_dense_where_many_latents_are_active(
+    chunk: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "DENSE_FROM", DENSE_FROM)
+    asked: list[int] = []
+    dense = gpu.reference.decode
+    monkeypatch.setattr(gpu, "CHUNK", chunk)
+    monkeypatch.setattr(gpu.reference, "decode", lambda *args: asked.append(args[0].n_tokens) or dense(*args))
+    decoder, target = normal(300, 10, dtype=dtype), normal(7, 10, dtype=dtype, seed=1)
+    features = features_of(7, 300, 0.3, dtype)
+    there = [each.to(device) for each in (features, decoder, target)]
+    exact = features.to(dtype=torch.float64), decoder.double()
+    assert_near(decode(*there[:2], impl="triton"), dense(exact[0], [exact[1]], [None], None)[0][0], dtype)
+    left, squares = residual(*there[:2], None, there[2], impl="triton")
+    expected = dense(exact[0], [exact[1]], [None], [target.double()])
+    assert_near(left, expected[0][0], dtype)
+    # Squared after rounding.
+    assert squares.dtype == torch.float32
+    assert (squares.cpu() - expected[1][0]).norm() <= 4 * torch.finfo(dtype).eps * expected[1][0].norm()
+    assert sum(asked) == 14 and max(asked) == (7 if chunk == 10**9 else max(chunk // (300 * dtype.itemsize), 1))
+    asked.clear()
+    few = features_of(7, 300, 0.003, dtype)
+    assert few.nnz and few.mean_active < 0.0085 * 300
+    decode(few.to(device), there[1], impl="triton")
+    assert not asked

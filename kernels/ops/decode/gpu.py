@@ -2,6 +2,8 @@
 
 The grid runs over tokens first and over slabs last: a slab of 128 columns of 65,536 latents takes 17 MB in bfloat16, so
 the many reads of one decoder row by different tokens hit the cache and the decoder is read from memory once.
+
+Where many latents are active, a dense product of some tokens at a time takes over.
 """
 
 # Launch options are no parameters of a kernel.
@@ -15,12 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ...features import FeatureCSR
+from . import reference
 
 ROWS = 16
 """Decoder rows in flight per program."""
 
 COLUMNS = 128
 """Width of a slab."""
+
+DENSE_FROM = {2: 0.0085, 4: 0.055}
+"""Share of active latents from which the dense product should be faster, by bytes of an element. Not measured: reading
+them all at 5.5 TB/s, the assumed rate of an H100's L2 cache, takes as long as products at 650 TFLOP/s in 16 bits or 50
+in float32. ``benchmarks/kernels_gpu.py`` measures it."""
+
+CHUNK = 512 * 2**20
+"""Bytes of dense activations at a time (one token's, if those are more)."""
 
 
 def decode(
@@ -30,6 +41,8 @@ def decode(
     targets: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """See :func:`heredity.kernels.decode` and, with ``targets``, :func:`heredity.kernels.residual`."""
+    if features.mean_active > DENSE_FROM[features.dtype.itemsize] * features.n_latents:
+        return _dense(features, decoders, biases, targets)
     if targets is None:
         return [rows(features, table, bias) for table, bias in zip(decoders, biases, strict=True)], None
     out, errors = [], []
@@ -39,6 +52,23 @@ def decode(
         out.append(rows(features, table, bias, target, parts))
         errors.append(parts.sum(0))
     return out, errors
+
+
+def _dense(
+    features: FeatureCSR,
+    decoders: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    targets: Sequence[Tensor] | None,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    n_rows = max(CHUNK // (features.n_latents * features.dtype.itemsize), 1)
+    parts = [slice(first, first + n_rows) for first in range(0, features.n_tokens, n_rows)]
+    done = [
+        reference.decode(features[part], decoders, biases, None if targets is None else [t[part] for t in targets])
+        for part in parts
+    ]
+    outs = [torch.cat(each) for each in zip(*(out for out, _ in done), strict=True)]
+    errors = [torch.cat(each) for each in zip(*(error or () for _, error in done), strict=True)]
+    return outs, None if targets is None else errors
 
 
 def rows(
