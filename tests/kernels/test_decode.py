@@ -1,4 +1,6 @@
-"""decode and backward against dense float64, on fresh inputs."""
+"""decode, backward and attribute against dense float64, on fresh inputs."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ from torch import Tensor
 
 from heredity.kernels import FeatureCSR, attribute, attribute_errors, decode, residual, virtual_weights
 from heredity.kernels.ops.backward import run as backward
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -174,3 +178,39 @@ def test_virtual_weights_join_active_latents_of_one_position() -> None:
         assert torch.allclose(block, whole[reading][:, writing], atol=1e-5)
     with pytest.raises(ValueError, match="source has 6 positions and target 5"):
         virtual_weights(source, decoder, target[:5], encoder)
+    with pytest.raises(ValueError, match="source is on cpu and W_dec on meta"):
+        virtual_weights(source, decoder.to("meta"), target, encoder.to("meta"))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5], ids=["sparse", "dense"])
+def test_memory_layouts_do_not_matter(share: float) -> None:
+    sparse = features(20, 60, share)
+    x, grad, decoder, gradients = (
+        normal(20, 9, seed=1),
+        normal(20, 9, seed=2),
+        normal(60, 9, seed=3),
+        normal(4, 20, 9, seed=4),
+    )
+
+    def turned(t: Tensor) -> Tensor:
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    def thinned(t: Tensor) -> Tensor:
+        return torch.stack([t, t * float("nan")], -1)[..., 0]
+
+    def outputs(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        a, g, d, q = (change(t) for t in (x, grad, decoder, gradients))
+        back = backward(sparse, None, [g], [a], [change(decoder.T)], [d], None, True)
+        assert back.xs is not None
+        return [
+            *residual(sparse, d, None, a),
+            attribute(q, sparse, d),
+            *back.decoders,
+            back.values,
+            *back.weights,
+            *back.xs,
+        ]
+
+    plain = outputs(lambda t: t)
+    for change in (turned, thinned):
+        assert all(error(ours, truth) < 1e-6 for ours, truth in zip(outputs(change), plain, strict=True))

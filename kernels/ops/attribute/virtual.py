@@ -27,6 +27,9 @@ def virtual_weights(source: FeatureCSR, W_dec: Tensor, target: FeatureCSR, W_enc
     check.shaped(W_dec, "W_dec", source.n_latents, None)
     check.shaped(W_enc, "W_enc", W_dec.shape[1], target.n_latents)
     check.alike({"W_dec": W_dec, "W_enc": W_enc})
+    for name, features in (("source", source), ("target", target)):
+        if features.device != W_dec.device:
+            raise ValueError(f"{name} is on {features.device} and W_dec on {W_dec.device}: move one of them")
     if source.n_tokens != target.n_tokens:
         raise ValueError(f"source has {source.n_tokens} positions and target {target.n_tokens}")
     pairs = zip(_latents(source), _latents(target), strict=True)
