@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 64), (64, 16), (32, 32), (32, 64), (64, 64)])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("width", [2304, 100])
 def test_attribute_tile(width: int, dtype: str, size: tuple[int, int], compiled: Callable[..., Any]) -> None:
     from heredity.kernels.ops.attribute.gpu import DEPTH, attribute_tile, warps
