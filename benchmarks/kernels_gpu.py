@@ -12,24 +12,23 @@ is started.
 """
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 
 import torch
+from timing_gpu import Ceilings, Run, table
 from torch import Tensor
-from workload_gpu import Inputs, Shape, draw, faults, fresh
+from workload_gpu import Inputs, Shape, draw, faults, fresh, random_features
 
 from heredity.kernels import FeatureCSR, JumpReLU, TopK, attribute, autoencode, decode, encode
 from heredity.kernels import statistics as statistics_of
 from heredity.kernels.ops.backward import run as backward_op
+from heredity.kernels.ops.decode import gpu as decode_gpu
 from heredity.kernels.ops.encode import run as encode_op
 
 SHAPES = (
@@ -44,85 +43,10 @@ TINY, TINY_CROSSCODER = Shape("tiny", 48, 512, 8, 64), Shape("tiny crosscoder", 
 BATCH, POSITIONS = 256, 100
 """Of the attribution step."""
 
+SHARES = (0.0025, 0.005, 0.01, 0.02, 0.05)
+"""Of latents that are active, where decode goes dense for one of them."""
 
 Contestants = list[tuple[str, Callable[[], Any]]]
-
-
-@dataclass
-class Row:
-    shape: str
-    op: str
-    contestant: str
-    ms: float
-    low: float
-    high: float
-    again: float
-    floor: float = 0.0
-    peak_mb: float = 0.0
-
-
-@dataclass
-class Run:
-    """Where rows are gathered, and until when."""
-
-    device: str
-    until: float
-    json: Path | None
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def time(self, shape: object, op: str, contestant: str, run: Callable[[], Any], floor: float = 0.0) -> Row | None:
-        """Measure, unless time is up; a contestant that fails gets a note instead of a row."""
-        if time.monotonic() > self.until:
-            self.notes.append(f"{shape}, {op}, {contestant}: not measured, time was up")
-            return None
-        try:
-            run()
-            peak = self._peak(run)
-            (ms, low, high), (again, _, _) = self._clock(run), self._clock(run)
-        except (RuntimeError, ValueError, TypeError) as error:
-            self.notes.append(
-                f"{shape}, {op}, {contestant}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            )
-            return None
-        self.rows.append(Row(str(shape), op, contestant, ms, low, high, again, floor, peak))
-        print(f"{op}, {contestant}: {ms:.3g} ms", file=sys.stderr)
-        if self.json is not None:
-            self.json.write_text(json.dumps([asdict(row) for row in self.rows], indent=1))
-        return self.rows[-1]
-
-    def _clock(self, run: Callable[[], Any]) -> tuple[float, float, float]:
-        if self.device == "cuda":
-            from triton.testing import do_bench
-
-            return do_bench(run, warmup=20, rep=100, quantiles=[0.5, 0.2, 0.8])
-        seconds = []
-        for _ in range(3):
-            begun = time.perf_counter()
-            run()
-            seconds.append(1e3 * (time.perf_counter() - begun))
-        return statistics.median(seconds), min(seconds), max(seconds)
-
-    def _peak(self, run: Callable[[], Any]) -> float:
-        if self.device != "cuda":
-            return 0.0
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Bytes per millisecond of a copy (read and written), operations per millisecond of a product."""
-
-    copy: float
-    product: float
-
-    def floor(self, operations: float = 0.0, n_bytes: float = 0.0) -> float:
-        return max(operations / self.product, n_bytes / self.copy)
 
 
 def main() -> int:
@@ -141,6 +65,7 @@ def main() -> int:
         if args.device == "cuda":
             torch.cuda.empty_cache()
     crosscoder(run, TINY_CROSSCODER if args.tiny else CROSSCODER, ceilings)
+    crossover(run, TINY if args.tiny else SHAPES[3])
     print(table(run.rows))
     for note in [*run.notes, *wrong]:
         print(f"- {note}")
@@ -340,6 +265,18 @@ def crosscoder(run: Run, shape: Shape, ceilings: Ceilings) -> None:
         run.time(shape, "decode", "plain torch, dense", lambda: [acts @ decoder for decoder in decoders], floor)
 
 
+def crossover(run: Run, shape: Shape) -> None:
+    """Both ways of decoding, to set ``DENSE_FROM`` by."""
+    shown = f"decode of {shape.tokens} tokens, d {shape.width}, {shape.latents} latents"
+    for dtype in (torch.bfloat16, torch.float32):
+        decoder = torch.randn(shape.latents, shape.width, device=run.device).to(dtype)
+        for share in SHARES:
+            features = random_features(shape, share, run.device).to(dtype=dtype)
+            for name, start in (("sparse", 1.0), ("dense", 0.0)):
+                op, decode_gpu.DENSE_FROM = f"{str(dtype)[6:]}, {share:.2%} active", {2: start, 4: start}
+                run.time(shown, op, name, lambda features=features, decoder=decoder: decode(features, decoder))
+
+
 def dense_backward(given: Inputs, acts: Tensor, gradient: Tensor) -> list[Tensor]:
     inner = (gradient @ given.W_dec.T) * (acts > 0)
     return [acts.T @ gradient, given.x.T @ inner, inner.sum(0)]
@@ -390,21 +327,6 @@ def decode_peers(shape: Shape, given: Inputs, features: FeatureCSR, acts: Tensor
     except ImportError:
         pass
     return found
-
-
-def table(rows: list[Row]) -> str:
-    out = []
-    for shape in dict.fromkeys(row.shape for row in rows):
-        out += [f"### {shape}", "", "| op | contestant | ms | 20–80 % | again | of floor | peak MB |"]
-        out += ["|---|---|---:|---:|---:|---:|---:|"]
-        for row in (row for row in rows if row.shape == shape):
-            share = f"{row.floor / row.ms:.0%}" if row.floor else ""
-            out.append(
-                f"| {row.op} | {row.contestant} | {row.ms:.3g} | {row.low:.3g}–{row.high:.3g} | {row.again:.3g} "
-                f"| {share} | {row.peak_mb:.0f} |"
-            )
-        out.append("")
-    return "\n".join(out)
 
 
 if __name__ == "__main__":

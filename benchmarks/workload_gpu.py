@@ -58,6 +58,17 @@ def draw(shape: Shape, device: str) -> Inputs:
     return Inputs(*(array.bfloat16() for array in arrays))
 
 
+def random_features(shape: Shape, share: float, device: str) -> FeatureCSR:
+    """About this share of latents active on every token, in bfloat16."""
+    parts = [
+        FeatureCSR.from_dense(
+            (torch.rand(min(512, shape.tokens - first), shape.latents, device=device) < share).bfloat16()
+        )
+        for first in range(0, shape.tokens, 512)
+    ]
+    return FeatureCSR.concatenate(parts)
+
+
 def faults(shape: Shape, given: Inputs, features: FeatureCSR) -> list[str]:
     """What is wrong with ours on the first tokens, against plain torch in float32 on the same inputs."""
     few = features[: min(256, shape.tokens)]
