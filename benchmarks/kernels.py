@@ -273,9 +273,10 @@ def crossover(args: argparse.Namespace) -> str:
 
     draws = torch.Generator().manual_seed(args.seed)
     decoder = torch.randn(args.latents, args.width, generator=draws)
-    cpu.DENSE_FROM = 1.0
-    out = ["| active share | sparse ms | dense ms |", "|---:|---:|---:|"]
-    for share in (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12):
+    cpu.DENSE_FROM = cpu.DENSE_FROM_CACHED = 1.0
+    size = f"{args.latents} latents, d {args.width} ({decoder.nbytes / 1e6:.0f} MB)"
+    out = [f"| active share of {size} | sparse ms | dense ms |", "|---:|---:|---:|"]
+    for share in (0.01, 0.03, 0.06, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3):
         acts = torch.rand(args.tokens, args.latents, generator=draws)
         features = FeatureCSR.from_dense(acts * (acts < share))
         times: dict[Any, list[float]] = {cpu: [], reference: []}

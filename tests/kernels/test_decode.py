@@ -1,6 +1,7 @@
 """decode, backward and attribute against dense float64, on fresh inputs."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from heredity.kernels import FeatureCSR, attribute, attribute_errors, decode, residual, virtual_weights
 from heredity.kernels.ops.backward import run as backward
+from heredity.kernels.ops.decode import cpu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -214,3 +216,19 @@ def test_memory_layouts_do_not_matter(share: float) -> None:
     plain = outputs(lambda t: t)
     for change in (turned, thinned):
         assert all(error(ours, truth) < 1e-6 for ours, truth in zip(outputs(change), plain, strict=True))
+
+
+@pytest.mark.parametrize(("share", "cached", "dense"), [(0.15, True, False), (0.15, False, True), (0.3, True, True)])
+def test_dense_by_share_and_size_of_the_decoder(
+    share: float, cached: bool, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cpu, "CACHED", 4 * 60 * 9 if cached else 4 * 60 * 9 - 1)
+    for name in ("decode", "backward"):
+        module = import_module(f"heredity.kernels.ops.{name}.reference")
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, real=real: asked.append(name) or real(*args))
+    sparse, decoder, x = features(40, 60, share), normal(60, 9, seed=1), normal(40, 9, seed=2)
+    decode(sparse, decoder)
+    backward(sparse, None, [x], [x], [decoder.T], [decoder], None, False)
+    assert asked == (["decode", "backward"] if dense else [])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...features import FeatureCSR
-from ..decode.cpu import DENSE_FROM, rows
+from ..decode.cpu import mostly_active, rows
 from . import reference
 from .gradients import Gradients
 
@@ -22,7 +22,7 @@ def backward(
     want_x: bool,
 ) -> Gradients:
     """See :mod:`heredity.kernels.ops.backward.reference`, which defines it."""
-    if features.mean_active > DENSE_FROM * features.n_latents:
+    if mostly_active(features, decoders):
         return reference.backward(features, active, grads, xs, weights, decoders, extra, want_x)
     on = features.values > 0 if active is None else active
     precise = torch.promote_types(features.dtype, torch.float32)

@@ -11,8 +11,12 @@ from torch import Tensor
 from ...features import FeatureCSR
 from . import reference
 
-DENSE_FROM = 0.11
-"""Share of active latents from which the dense product is faster; ``benchmarks/kernels.py --crossover`` measures it."""
+DENSE_FROM, DENSE_FROM_CACHED = 0.11, 0.2
+"""Share of active latents from which the dense product is faster, for decoders larger than ``CACHED`` and for others;
+``benchmarks/kernels.py --crossover`` measures it."""
+
+CACHED = 24 * 2**20
+"""Bytes of a decoder whose rows come from the cache however they are chosen."""
 
 
 def decode(
@@ -22,7 +26,7 @@ def decode(
     targets: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """See :func:`heredity.kernels.decode` and, with ``targets``, :func:`heredity.kernels.residual`."""
-    if features.mean_active > DENSE_FROM * features.n_latents:
+    if mostly_active(features, decoders):
         return reference.decode(features, decoders, biases, targets)
     out, errors = [], []
     for m, (decoder, bias) in enumerate(zip(decoders, biases, strict=True)):
@@ -35,6 +39,12 @@ def decode(
             errors.append(torch.linalg.vecdot(precise, precise))
         out.append(total)
     return out, errors if targets is not None else None
+
+
+def mostly_active(features: FeatureCSR, decoders: Sequence[Tensor]) -> bool:
+    """Whether so many latents are active that dense products are faster."""
+    n_bytes = max(decoder.numel() * max(decoder.itemsize, 4) for decoder in decoders)
+    return features.mean_active > (DENSE_FROM if n_bytes > CACHED else DENSE_FROM_CACHED) * features.n_latents
 
 
 def rows(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Tensor:
