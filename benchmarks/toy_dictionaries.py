@@ -4,8 +4,9 @@
 
 Every scenario of ``toy.py`` is drawn with every seed; every recipe of ``toy_recipes.py`` is trained on it once and
 judged by the criterion it was published with, on tokens it was not trained on. *Ours* is the verdict of
-``heredity.interp.dictionaries.exclusives`` on two of those same dictionaries, which were chosen, with all thresholds, on
-seeds 100 and above; the difference's only where the widths are equal. ``--record`` appends the table to ``RESULTS.md``.
+``heredity.interp.dictionaries.exclusives`` on two of those same dictionaries, which were chosen, with all thresholds,
+on seeds 100 and above; the difference's only where the widths are equal. ``--record`` appends the table to
+``RESULTS.md``.
 
 A latent that is called exclusive is right if its decoder row in that model has a cosine above 0.9 with a concept that
 is truly that model's alone; otherwise it is a false positive. Recall is the share of exclusive concepts found so, the
@@ -116,7 +117,7 @@ def by_activation(dictionary: Dictionary, pair: Pair) -> Called:
 
 
 def by_verdict(dictionaries: list[Dictionary], pair: Pair) -> list[tuple[Dictionary, Called]]:
-    """Ours: exclusive by the verdict on the crosscoder; or by that on the difference, unless the crosscoder shares it."""
+    """Ours: exclusive by the verdict on the crosscoder; or on the difference, unless the crosscoder shares it."""
     judged = []
     for dictionary in dictionaries:
         crosscoder = dictionary if dictionary.kind == "crosscoder" else paired(dictionary, in_batches(pair))

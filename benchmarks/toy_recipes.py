@@ -6,8 +6,8 @@
     dfc          BatchTopK with latents dedicated to one model, encoder and decoder zero in the other (2602.11729)
     difference   BatchTopK SAE of successor minus parent
 
-All are trained on activations in each model's own units (root mean square 1), by Adam, with encoder and decoder equal at
-the start.
+All are trained on activations in each model's own units (root mean square 1), by Adam, with encoder and decoder equal
+at the start.
 """
 
 from dataclasses import dataclass

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from heredity.interp.visible import visible
+
 from .drawable import GridPointLike, IntervalLike, NodeLike, SimilarityLike
-from .visible import visible
 
 RAISES, LOWERS, NEUTRAL, INK = "#b8480c", "#1b66a8", "#5f6b7a", "#1b2430"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"

@@ -19,8 +19,8 @@ from markupsafe import Markup, escape
 from pydantic import ValidationError
 
 from heredity.circuits import views
-from heredity.circuits.visible import pieces, visible
 from heredity.interp.errors import OutputError, one_line
+from heredity.interp.visible import pieces, visible
 
 from . import phrases
 from .readouts import Baselines

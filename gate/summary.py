@@ -9,7 +9,7 @@ import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from heredity.circuits.visible import visible
+from heredity.interp.visible import visible
 
 from . import phrases
 from .records import Audit, Circuit, Example, ModelRecord

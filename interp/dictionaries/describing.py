@@ -1,7 +1,8 @@
 """Describing latents: one pass over texts for statistics, then what each writes to the logits, then rules in words.
 
-The direct effect of a latent on the logits is its decoder row read through the last norm's gain and the unembedding (the
-logit lens: nostalgebraist 2020; of decoder rows: Bloom & Lin 2024). What later layers make of the row is not in it.
+The direct effect of a latent on the logits is its decoder row read through the last norm's gain and the unembedding
+(the logit lens: nostalgebraist 2020; of decoder rows: Bloom & Lin 2024). What later layers make of the row is not in
+it.
 
 One letter means one dimension: T tokens, D a width, F latents, V tokens of the vocabulary.
 """

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 
 from heredity.circuits import views
-from heredity.circuits.visible import visible
 
 
 @dataclass
@@ -153,25 +152,3 @@ def test_histogram_and_similarity() -> None:
         1.0,
     ]
     assert views.cka_figure([]).to_json() and views.kl_histogram([], []).to_json()
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain ümläut 漢字", "plain ümläut 漢字"),
-        ("a\nb\tc", "a↵b⇥c"),
-        ("\x1b[1m", "⟨ESC⟩[1m"),
-        ("\u202ex", "⟨U+202E⟩x"),
-        ("\x9b", "⟨U+009B⟩"),
-        ("a\u00a0b", "a⟨U+00A0⟩b"),
-        ("\ud800", "⟨U+D800⟩"),
-        ("e\u0301", "e\u0301"),
-        ("x" * 12, "xxxxxxxxxx… (cut: 2 more characters)"),
-    ],
-)
-def test_visible(text: str, shown: str) -> None:
-    assert visible(text, 10 if text.startswith("xx") else 100) == shown
-
-
-def test_visible_stops_stacked_marks() -> None:
-    assert visible("z" + "\u0301" * 5) == "z" + "\u0301" * 3 + "⟨U+0301⟩" * 2

@@ -1,9 +1,10 @@
 """A dictionary of what differs, read as a crosscoder: so that its latents can be judged like any other's.
 
 A sparse autoencoder of successor − parent spends nothing on what both models share, and finds small differences that a
-crosscoder has no latents left for. But its latents say *that* the models differ along a direction, not whose the concept
-is: a weaker, a turned and a new concept all leave a difference (diff-SAEs in Minder et al. 2504.02922, appendix). With
-each model's own response to a latent as its decoder rows, Δnorm, ν and twins mean what they mean for crosscoders.
+crosscoder has no latents left for. But its latents say *that* the models differ along a direction, not whose the
+concept is: a weaker, a turned and a new concept all leave a difference (diff-SAEs in Minder et al. 2504.02922,
+appendix). With each model's own response to a latent as its decoder rows, Δnorm, ν and twins mean what they mean for
+crosscoders.
 
 F latents, T tokens, D the width of both models.
 """
@@ -21,7 +22,7 @@ from .moments import transposed
 
 @torch.no_grad()
 def paired(difference: Dictionary, batches: Iterable[Sequence[Tensor]]) -> Dictionary:
-    """The crosscoder with the latents of a difference's SAE, whose rows are the slopes of each model's activations on them.
+    """A difference's SAE as a crosscoder: same latents, the slopes of each model's activations on them for rows.
 
     Args:
         difference: an SAE trained on successor minus parent.

@@ -7,15 +7,16 @@ is fitted to the other model (Minder et al. 2504.02922, §2.2):
 
     β_m = argmin Σ_x ‖Y_m(x) − β f(x) v_m‖² = ⟨Σ f·Y_m, v_m⟩ / (Σ f² · ‖v_m‖²)
 
-with Y the model's error plus the latent's own contribution (ν^ε), or its reconstruction (ν^r). The latter is fitted with
-an intercept, unlike in the paper: what the reconstruction holds at every token is no sign of the latent. ν is β of the other model over β of the one that owns the latent,
-so that exchanging parent and successor changes no ν.
+with Y the model's error plus the latent's own contribution (ν^ε), or its reconstruction (ν^r). The latter is fitted
+with an intercept, unlike in the paper: what the reconstruction holds at every token is no sign of the latent. ν is β of
+the other model over β of the one that owns the latent, so that exchanging parent and successor changes no ν.
 
 **Directions.** In the owner, v is its decoder row d. In the other, of the same length in units of each model's
-activations: the other model's ``own`` decoder row where it is long enough to point anywhere; else the ``same`` direction
-where both models have one basis; else the direction of the model's ``response``, the slope of its activations on f. (A
-linear map fitted between the models would do for a rotation. Where more concepts than dimensions are packed differently,
-none exists: each direction is carried to a mixture. The latent's activation tells its concept from those it overlaps.)
+activations: the other model's ``own`` decoder row where it is long enough to point anywhere; else the ``same``
+direction where both models have one basis; else the direction of the model's ``response``, the slope of its activations
+on f. (A linear map fitted between the models would do for a rotation. Where more concepts than dimensions are packed
+differently, none exists: each direction is carried to a mixture. The latent's activation tells its concept from those
+it overlaps.)
 
 F latents, D_m the width of model m (0 parent, 1 successor).
 """
@@ -44,8 +45,8 @@ class Scaling:
         nu_error: ν^ε [F], 0 where the other model holds nothing of the latent, about 1 where it is shared; NaN where
             the latent is never active.
         nu_reconstruction: ν^r [F].
-        trace: [F], what the other model holds of the latent in whatever direction: the length of the mean of what ν^ε is
-            a projection of, less what chance makes of it, in the units of ν^ε. Needs no direction, but takes every
+        trace: [F], what the other model holds of the latent in whatever direction: the length of the mean of what ν^ε
+            is a projection of, less what chance makes of it, in the units of ν^ε. Needs no direction, but takes every
             imperfection of the dictionary for a trace.
         way: int64 [F], index into :data:`WAYS`: where the direction in the other model came from.
         direction: per model [F, D_m], the directions used, of length 1 (0 where the latent writes nothing).
