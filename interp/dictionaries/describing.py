@@ -115,7 +115,7 @@ def logit_effects(dictionary: Dictionary, model: Model, side: int = 0, *, count:
     """The tokens whose logits each latent changes most in ``model``; None where no place written reaches the stream.
 
     A latent that writes to several places counts with the sum of its rows. Norms between a module's output and the
-    stream (Gemma's) are left out.
+    stream, and a scale or cap of the logits (Gemma's, Cohere's), are left out.
 
     Raises:
         DictionaryError: a decoder row is not as wide as the place it writes to.

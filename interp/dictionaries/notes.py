@@ -117,6 +117,8 @@ def load_notes(directory: str | Path, dictionary: Dictionary) -> LatentNotes:
     Raises:
         DictionaryError: they are absent, damaged, or on another dictionary.
     """
+    from safetensors import SafetensorError
+
     directory = Path(directory)
     path, arrays = directory / "latents.json", directory / "latents.safetensors"
     try:
@@ -135,7 +137,7 @@ def load_notes(directory: str | Path, dictionary: Dictionary) -> LatentNotes:
         if _sha256(arrays) != header.arrays:
             raise ValueError("they are not those the notes were saved with")
         return _read(header, arrays)
-    except Exception as fault:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as fault:
         what = f"damaged or absent arrays of notes ({_first(fault)})"
         raise DictionaryError(what, where=str(arrays), remedy=_AGAIN) from fault
 
@@ -224,8 +226,12 @@ def _read(header: _Header, path: Path) -> LatentNotes:
         LogitEffects(*(found[f"effects.{m}.{name}"] for name in _EFFECTS)) if there else None
         for m, there in enumerate(header.effects)
     ]
-    if any(len(getattr(each, name)) != f for each in effects if each is not None for name in _EFFECTS):
-        raise ValueError("logit effects are of another number of latents")
+    if len(effects) != len(header.models):
+        raise ValueError("logit effects are of another number of models")
+    for each in effects:
+        shapes = {getattr(each, name).shape for name in _EFFECTS} if each is not None else set()
+        if any(len(shape) != 2 or shape[0] != f for shape in shapes) or len(shapes) > 1:
+            raise ValueError("logit effects are of another number of latents")
     if any(not 0 <= each.latent < f for each in header.explanations):
         raise ValueError("a latent that does not exist is explained")
     return LatentNotes(
@@ -243,6 +249,8 @@ def _read(header: _Header, path: Path) -> LatentNotes:
 
 
 def _texts(found: Mapping[str, Tensor]) -> list[Encoded]:
+    if any(found[f"texts.{name}"].dtype != torch.int64 for name in ("bytes", "tokens", "ids", "spans")):
+        raise TypeError("texts are not told in whole numbers")
     data = found["texts.characters"].numpy().tobytes()
     ids, spans = found["texts.ids"].tolist(), [(int(a), int(b)) for a, b in found["texts.spans"].tolist()]
     texts, byte, token = [], 0, 0

@@ -172,7 +172,7 @@ class Dictionary:
         return self.decode(self.encode(*x), *x)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Dictionary":
-        """On another device or of another dtype."""
+        """On another device or of another dtype (then without notes, which are on the numbers as they were)."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype)
@@ -182,6 +182,7 @@ class Dictionary:
             activation = replace(activation, threshold=move(activation.threshold))
         return replace(
             self,
+            notes=self.notes if dtype in (None, self.b_enc.dtype) else None,
             W_enc=tuple(map(move, self.W_enc)),
             b_enc=move(self.b_enc),
             W_dec=tuple(map(move, self.W_dec)),

@@ -18,7 +18,9 @@ from ..record import Dictionary
 PARENT, SUCCESSOR = 0, 1
 
 
-def delta_norm(dictionary: Dictionary, *, scales: Sequence[float] | None = None) -> Tensor:
+def delta_norm(
+    dictionary: Dictionary, *, scales: Sequence[float] | None = None, latents: slice = slice(None)
+) -> Tensor:
     """Δnorm of each latent: ½·[(‖d_S‖ − ‖d_P‖) / max(‖d_S‖, ‖d_P‖) + 1] (Minder et al. 2504.02922).
 
     Args:
@@ -26,6 +28,7 @@ def delta_norm(dictionary: Dictionary, *, scales: Sequence[float] | None = None)
         scales: the size of each model's activations, such as ``Moments.scales``; norms are divided by it. Without it,
             the ``rms`` that the training noted in the dictionary's provenance, times √D; without that, norms are
             compared as they are.
+        latents: of which.
 
     Returns:
         [F] in [0, 1]: 1 successor only, 0 parent only, ½ shared; NaN where both rows are zero.
@@ -33,7 +36,7 @@ def delta_norm(dictionary: Dictionary, *, scales: Sequence[float] | None = None)
     Raises:
         ValueError: the dictionary is not of two models.
     """
-    parent, successor = norms(dictionary, scales)
+    parent, successor = norms(dictionary, scales, latents)
     return ((successor - parent) / torch.maximum(successor, parent) + 1) / 2
 
 
@@ -43,10 +46,10 @@ def relative_norm(dictionary: Dictionary, *, scales: Sequence[float] | None = No
     return successor / (successor + parent)
 
 
-def norms(dictionary: Dictionary, scales: Sequence[float] | None = None) -> Tensor:
+def norms(dictionary: Dictionary, scales: Sequence[float] | None = None, latents: slice = slice(None)) -> Tensor:
     """Decoder norms in units of each model's activations, [2, F]; arguments as of :func:`delta_norm`."""
     check_pair(dictionary)
-    rows = torch.stack([decoder.double().norm(dim=1) for decoder in dictionary.W_dec])
+    rows = torch.stack([decoder[latents].double().norm(dim=1) for decoder in dictionary.W_dec])
     units = _scales(dictionary, scales)
     return rows / torch.tensor(units, dtype=torch.float64, device=rows.device)[:, None]
 
