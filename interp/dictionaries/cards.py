@@ -13,7 +13,7 @@ import torch
 
 from ..errors import DictionaryError
 from ..visible import pieces
-from .record import Dictionary
+from .record import Dictionary, rule_in_words
 from .snippets import Snippet
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ margin:8px 0;max-width:1080px;font:14px/1.5 system-ui,-apple-system,'Segoe UI',R
 .hd .of,.hd .dim{color:var(--muted);font-size:13px}
 .hd .rule{font-size:16px;margin:10px 0 8px;max-width:80ch}
 .hd .q{display:flex;align-items:center;gap:10px;font-variant-numeric:tabular-nums}
-.hd .q b{font-size:16px}
+.hd .q b{font-size:16px;white-space:nowrap}
 .hd .meter{flex:0 0 160px;height:8px;border-radius:4px;background:var(--line);overflow:hidden}
 .hd .meter i{display:block;height:100%;background:var(--good)}
 .hd .parts{display:grid;grid-template-columns:minmax(0,1fr) 300px;gap:0 28px}
@@ -47,7 +47,7 @@ border-top:1px solid var(--line);margin:0}
 .hd .said{background:var(--wash);border-radius:3px;padding:0 3px;white-space:pre-wrap;overflow-wrap:anywhere;
 font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12.5px}
 .hd .instead{color:#7b1fa2;background:#f5ebf8;border-radius:3px}
-.hd svg{display:block;width:100%;height:auto}
+.hd svg{display:block;width:100%;max-width:340px;height:auto}
 .hd svg text{font:10px system-ui,sans-serif;fill:var(--muted)}
 .hd table{border-collapse:collapse;margin:0;width:100%;font-variant-numeric:tabular-nums;background:transparent}
 .hd tr,.hd tr:nth-child(even){background:transparent}
@@ -73,7 +73,7 @@ def card(latent: "Latent", *, style: bool = True) -> str:
 
     found = latent.explanation
     q, *rest = measured_on(latent)
-    head = f"<h3>Latent {latent.number:,}</h3><p class='of'>{_text(repr(latent.dictionary), 300)}</p>"
+    head = f"<h3>Latent {latent.number:,}</h3><p class='of'>{_text(_named(latent.dictionary), 300)}</p>"
     if latent.rule:
         head += f"<p class='rule'>{_text(latent.rule, 1_000)}</p>"
     if found is not None and found.q is not None:
@@ -109,10 +109,10 @@ def table(latents: "Latents", most: int | None = None, *, linked: bool = False, 
 
 def overview(dictionary: Dictionary) -> str:
     """A dictionary: what it is, how active its latents are and how well explained, and the best explained ones."""
-    sites = ", ".join(dict.fromkeys(port.site for port in (*dictionary.reads, *dictionary.writes)))
     facts = [
         ("latents", f"{dictionary.n_latents:,}"),
         ("wide", " and ".join(f"{width:,}" for width in dictionary.widths)),
+        ("activation", _text(rule_in_words(dictionary.activation))),
         ("numbers", str(dictionary.b_enc.dtype).removeprefix("torch.")),
     ]
     fault, described = "", None
@@ -140,7 +140,7 @@ def overview(dictionary: Dictionary) -> str:
     if dictionary.provenance:
         origin = json.dumps(dict(dictionary.provenance), ensure_ascii=False, default=str)
         below += f"<h4>Where it comes from</h4><p class='said'>{_text(origin, 1_500)}</p>"
-    head = f"<h3>{_text(dictionary.kind.replace('_', ' '))} of {_text(sites, 300)}</h3>"
+    head = f"<h3>{_text(_named(dictionary), 300)}</h3>"
     return _block(f"{head}{fault}{_facts(facts)}{below}", True)
 
 
@@ -200,7 +200,7 @@ def _effect(effect: "Effect") -> str:
         rows = "".join(
             f"<tr><td><span class='said'>{_text(token, 40)}</span></td>"
             f"<td class='bar'><i style='width:{100 * abs(by) / largest:.0f}%'></i></td>"
-            f"<td class='n'>{by:+.2f}</td></tr>"
+            f"<td class='n'>{f'{by:+.2f}'.replace('-', '−')}</td></tr>"
             for token, by in tokens
         )
         title = f"{verb} the logits{_text(where)} of"
@@ -227,6 +227,11 @@ def _rows(latents: "Latents", most: int, linked: bool = False) -> str:
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     rest = f"<p class='dim'>and {len(latents) - most:,} more</p>" if len(latents) > most else ""
     return f"<table>{body}</table>{rest}" if len(latents) else "<p class='dim'>none</p>"
+
+
+def _named(dictionary: Dictionary) -> str:
+    kind = "SAE" if dictionary.kind == "sae" else dictionary.kind.replace("_", " ").capitalize()
+    return f"{kind} of {', '.join(dict.fromkeys(p.site for p in (*dictionary.reads, *dictionary.writes)))}"
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:

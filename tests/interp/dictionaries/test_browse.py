@@ -267,17 +267,15 @@ def test_long_lists_are_cut_with_a_notice(known) -> None:
 
 def test_the_overview_says_what_the_dictionary_is(known, noted: Dictionary, pair: Dictionary) -> None:
     page = noted._repr_html_()
-    for part in ("sae of resid_post@1", f"{known.notes.statistics.n_tokens:,}", "Explained latents by q"):
+    for part in ("SAE of resid_post@1", f"{known.notes.statistics.n_tokens:,}", "Explained latents by q"):
         assert part in page
     Tags(page)
-    assert "crosscoder of resid_post@1" in pair._repr_html_()
+    assert "Crosscoder of resid_post@1" in pair._repr_html_()
     assert "Nothing is known" in known.bare._repr_html_()
 
 
 def test_the_overview_survives_notes_that_cannot_be_read(known, tmp_path: Path) -> None:
-    page = with_notes(known.bare, tmp_path / "<b>absent").__class__._repr_html_(
-        with_notes(known.bare, tmp_path / "<b>absent")
-    )
+    page = with_notes(known.bare, tmp_path / "<b>absent")._repr_html_()
     assert "no readable notes" in page
     assert "&lt;b&gt;absent" in page
-    assert "sae of resid_post@1" in page
+    assert "SAE of resid_post@1" in page
