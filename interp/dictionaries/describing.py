@@ -95,7 +95,8 @@ def describe(
     effects = tuple(logit_effects(dictionary, model, side) for side, model in enumerate(models))
     last = next((each for each in reversed(effects) if each is not None), None)
     promoted = None if last is None else {latent: last.raised[latent].tolist() for latent in kept}
-    explanations = explain(features, contexts, kept, seed=seed, promoted=promoted)
+    names = _names(models[0], effects)
+    explanations = explain(features, contexts, kept, seed=seed, promoted=promoted, names=names)
     return LatentNotes(
         dictionary=digest(dictionary),
         models=tuple(model.digest for model in models),
@@ -103,7 +104,7 @@ def describe(
         contexts=contexts,
         statistics=seen,
         effects=effects,
-        names=_names(models[0], effects),
+        names=names,
         features=features,
         kept=kept,
         explanations=dict(zip(kept, explanations, strict=True)),

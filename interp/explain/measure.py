@@ -35,6 +35,7 @@ def explain(
     *,
     seed: int,
     promoted: Mapping[int, Sequence[int]] | None = None,
+    names: Mapping[int, str] | None = None,
 ) -> list[Explanation]:
     """Explanations of ``latents``, in their order.
 
@@ -47,6 +48,7 @@ def explain(
         latents: which.
         seed: decides the halves, the samples and the shuffles.
         promoted: token ids that a latent makes more likely (the top of its logit effect), where known.
+        names: of promoted tokens, for those that do not occur in the texts.
 
     Raises:
         ValueError: ``features`` are not of these tokens, have no such latent, or hold NaN or infinity.
@@ -68,9 +70,9 @@ def explain(
         activation = np.zeros(len(contexts), dtype=np.float32)
         activation[tokens[part]] = values[order[part]]
         ids = tuple(int(i) for i in (promoted or {}).get(latent, ()))
-        names = tuple(contexts.names.get(i, f"<{i}>") for i in ids)
+        called = tuple(contexts.names.get(i) or (names or {}).get(i, f"<{i}>") for i in ids)
         out.append(
-            _explain(latent, activation, catalogue, sides, seed, Promoted(ids=ids, names=names) if ids else None)
+            _explain(latent, activation, catalogue, sides, seed, Promoted(ids=ids, names=called) if ids else None)
         )
     return out
 

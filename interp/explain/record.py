@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from ..visible import visible
 from .rules import Record, Rule
 
 
@@ -13,6 +14,10 @@ class Example(Record):
     token: str
     after: str
     activation: float
+
+    def __str__(self) -> str:
+        """In one line, the token between » and «, nothing in it hidden."""
+        return visible(f"{self.before}»{self.token}«{self.after}")
 
 
 class Explanation(Record):
@@ -38,3 +43,14 @@ class Explanation(Record):
     """Texts it is active in."""
     examples: tuple[Example, ...]
     """Where it is most active, each in another text, strongest first."""
+
+    def __str__(self) -> str:
+        """The rule in words, q with its parts, and the examples with the token marked."""
+        active = f"active at {self.n_active:,} tokens in {self.n_texts:,} texts"
+        head = f"not explained: {self.status}; {active}"
+        if self.q is not None:
+            parts = (
+                f"balanced accuracy {self.balanced_accuracy:.3f}, at least {self.low:.3f}; {self.null:.3f} by chance"
+            )
+            head = f"{visible(self.rule)}\nq {self.q:.2f} ({parts}); {active}"
+        return "\n".join([head, *(f"{each.activation:10.3g}  {each}" for each in self.examples)])

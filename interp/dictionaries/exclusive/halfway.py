@@ -102,12 +102,14 @@ def halfway(
         raise ValueError("no texts to score")
     if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < dictionary.n_latents:
         raise ValueError(f"latents must lie in [0, {dictionary.n_latents})")
+    device = next(successor.bridge.original_model.parameters()).device
     groups = [pad([text.ids for text in texts[i : i + batch]]) for i in range(0, len(texts), batch)]
+    groups = [(tokens.to(device), mask.to(device)) for tokens, mask in groups]
     count = torch.zeros(dictionary.n_latents, dtype=torch.int64)
     for tokens, mask in groups:
         features, _ = _features(parent, successor, dictionary, site, tokens)
-        real = mask.flatten()[features.tokens]
-        count += torch.bincount(features.indices.long()[real], minlength=dictionary.n_latents)
+        real = mask.flatten().to(features.values.device)[features.tokens]
+        count += torch.bincount(features.indices.long()[real], minlength=dictionary.n_latents).cpu()
     generator = torch.Generator().manual_seed(seed)
     sets = [chosen[:0], chosen, *(_matched(count, chosen, generator) for _ in range(controls))]
     sums = [_divergence(parent, successor, dictionary, site, *group, sets) for group in groups]
@@ -144,8 +146,7 @@ def _features(
 ) -> tuple[FeatureCSR, Tensor]:
     """Active latents of all positions, row by row, and the parent's activations [batch, pos, D]."""
     there = [model.capture(tokens, [site])[site] for model in (parent, successor)]
-    dtype = dictionary.b_enc.dtype
-    return dictionary.encode(*[x.flatten(0, 1).to(dtype) for x in there]), there[0]
+    return dictionary.encode(*[x.flatten(0, 1).to(dictionary.b_enc) for x in there]), there[0]
 
 
 def _divergence(
@@ -155,18 +156,18 @@ def _divergence(
     features, base = _features(parent, successor, dictionary, site, tokens)
     change = dictionary.W_dec[1] - dictionary.W_dec[0]
     truth = successor.logits(tokens).double().log_softmax(-1)
-    early = mask & (torch.arange(mask.shape[1]) < FIRST)
+    early = mask & (torch.arange(mask.shape[1], device=mask.device) < FIRST)
     out, out_first = [], []
     for latents in sets:
-        kept = torch.zeros(dictionary.n_latents, dtype=torch.bool)
-        kept[latents] = True
+        kept = torch.zeros(dictionary.n_latents, dtype=torch.bool, device=change.device)
+        kept[latents.to(change.device)] = True
         values = features.values * kept[features.indices.long()]
-        added = decode(features.with_values(values), change).view_as(base).to(base.dtype)
+        added = decode(features.with_values(values), change).view_as(base).to(base)
         patched = successor.logits(tokens, edits={site: lambda _, to=base + added: to}).double().log_softmax(-1)
         kl = (truth.exp() * (truth - patched)).sum(-1).clamp_min(0)
         out.append((kl * mask).sum(1))
         out_first.append((kl * early).sum(1))
-    return torch.stack(out, 1), torch.stack(out_first, 1)
+    return torch.stack(out, 1).cpu(), torch.stack(out_first, 1).cpu()
 
 
 def _matched(count: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:

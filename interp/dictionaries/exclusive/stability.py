@@ -32,7 +32,8 @@ class LatentStability:
         matched: in how many of them its partner has a cosine of at least :data:`MATCH`.
         in_subspace: in how many the exclusive latents of the same model span it.
         cosines: with the partner in each (its decoder rows of both models, one after the other).
-        inside: length of its owner's row, taken as 1, inside that span in each.
+        inside: length of its owner's row, taken as 1, inside that span in each; 0 where the span is more than half of
+            the space.
         stable: whether ``matched`` or ``in_subspace`` reaches the number asked for.
     """
 
@@ -87,7 +88,7 @@ def stability(
             raise ValueError(f"dictionaries of different widths: {dictionaries[0].widths} and {each.widths}")
     stacked = [_rows(each, scales) for each in dictionaries]
     asked = [latent for lists in exclusive[0] for latent in lists]
-    cosines = [match(stacked[0], other)[1][asked] for other in stacked[1:]]
+    cosines = [match(stacked[0][asked], other)[1] for other in stacked[1:]]
     spans = [
         [_span(each.W_dec[m][list(lists[m])].double()) for m in range(2)]
         for each, lists in zip(dictionaries, exclusive, strict=True)
@@ -97,6 +98,8 @@ def stability(
         parts = [
             (unit(dictionaries[0].W_dec[m][list(exclusive[0][m])].double()) @ other[m]).norm(dim=1) for m in range(2)
         ]
+        # What spans more than half of a space holds most of anything: it says nothing of a latent.
+        parts = [p if 2 * span.shape[1] <= span.shape[0] else 0 * p for p, span in zip(parts, other, strict=True)]
         inside.append(torch.cat(parts))
     records = []
     for i, latent in enumerate(asked):

@@ -89,6 +89,25 @@ def test_mixed_latents_come_back_as_a_subspace() -> None:
     assert found.overlap[1] == pytest.approx((1,))
 
 
+def test_a_span_of_most_of_the_space_holds_nothing_in_particular() -> None:
+    one, other = drawn(0), drawn(1)
+    few, many = ((), tuple(range(3, 10))), ((), tuple(range(3, 30)))
+    crowded = stability([one, other], [few, many], scales=SCALES, at_least=1)
+    assert crowded.chance[1][0] > 0.5
+    assert all(each.inside == (0.0,) and not each.stable for each in crowded.latents)
+
+
+def test_only_the_latents_asked_about_are_matched() -> None:
+    # One to one among themselves: two that look for one partner do not both get it.
+    one = drawn(0)
+    doubled = crosscoder(one.W_dec[0].clone(), one.W_dec[1].clone())
+    for rows in doubled.W_dec:
+        rows[4] = rows[3]
+    found = stability([doubled, one], [((), (3, 4)), ((), (3,))], scales=SCALES, at_least=1)
+    assert sorted(each.matched for each in found.latents) == [0, 1]
+    assert all(each.in_subspace == 1 for each in found.latents), "both lie along it"
+
+
 def test_at_least_counts_other_seeds() -> None:
     one, lists = drawn(0), (PARENT_ONLY, SUCCESSOR_ONLY)
     several = [one, permuted(one, 1)[0], drawn(7), drawn(8)]

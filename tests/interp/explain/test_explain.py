@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from heredity.interp.explain import Contexts, Explanation, explain
+from heredity.interp.explain import Contexts, Example, Explanation, explain
 from heredity.interp.explain.candidates import Catalogue
 from heredity.interp.explain.halves import halves
 from heredity.interp.explain.learn import SAMPLED, sampled
@@ -126,6 +126,28 @@ def test_promoted_tokens_explain_where_they_come_next() -> None:
     columns = features([active])
     (found,) = explain(columns, CONTEXTS, [0], seed=0, promoted={0: [told, 10**6]})
     assert found.q is not None and found.q > 0.85
+    # An induction head, say, is what it raises: no set of tokens seen beforehand is shorter.
+    many = [token for token in np.unique(CONTEXTS.ids).tolist() if token % 3 == 0]
+    columns = features([np.isin(CONTEXTS.shifted(1), many)])
+    names = {10**6: " elsewhere", told: "not this one: the text has its own"}
+    (found,) = explain(columns, CONTEXTS, [0], seed=0, promoted={0: [10**6, *many]}, names=names)
+    assert found.rule.startswith("the next token is one that it promotes: “ elsewhere”, ")
+    assert "not this one" not in found.rule
+
+
+def test_it_says_itself_with_the_token_marked(planted) -> None:
+    for found in planted:
+        lines = str(found).splitlines()
+        if found.q is None:
+            assert lines[0].startswith("not explained: too few contexts")
+            continue
+        assert lines[0] == found.rule
+        assert f"q {found.q:.2f} (balanced accuracy {found.balanced_accuracy:.3f}, at least {found.low:.3f}" in lines[1]
+        assert len(lines) == 2 + len(found.examples)
+        for line, example in zip(lines[2:], found.examples, strict=True):
+            assert f"»{example.token}«" in line
+    hostile = Example(before="\x1b[2J", token="\u202e<b>", after="\n", activation=1.0)
+    assert str(hostile) == "⟨ESC⟩[2J»⟨U+202E⟩<b>«↵"
 
 
 def test_what_is_too_rare_is_unscored() -> None:
