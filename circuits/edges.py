@@ -17,7 +17,7 @@ What makes it quick: the gradient at a head's input is computed from that at its
 all steps of a batch go through the model in one forward; differences are contracted with the steps' mean gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -190,7 +190,9 @@ class _Slopes:
         metric: Metric,
         rows: Tensor,
         points: list[tuple[float, float]],
+        more: Mapping[str, Edit] | None = None,
     ) -> None:
+        """``more`` are further edits, made before the gradients at their sites are taken."""
         self.model, self.layout = model, layout
         self.shape = len(points), len(group)
         self.weights = torch.tensor([weight for _, weight in points])
@@ -198,7 +200,7 @@ class _Slopes:
         entry = torch.cat([corrupt + alpha * (clean - corrupt) for alpha, _ in points])
         self.values: dict[str, Tensor] = {}
         self.added: dict[str, Tensor] = {}
-        edits: dict[str, Edit] = {ENTRY: lambda value: entry}
+        edits: dict[str, Edit] = {ENTRY: lambda value: entry, **(more or {})}
         self.streams = read_sites(model, layout.parallel)
         for site in dict.fromkeys(self.streams.values()):
             edits[site] = both(edits[site], self._watch(site)) if site in edits else self._watch(site)
