@@ -49,6 +49,56 @@ def _kept(model: "Model") -> "Iterator[None]":
                 value.copy_(old)
 
 
+def _from_file(path: Path) -> Any:
+    """The module in a file that is in no package."""
+    import importlib.util
+    import sys
+
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def beds() -> Any:
+    """``benchmarks/beds/model.py``: small transformers of any shape and precision."""
+    return _from_file(Path(__file__).parents[2] / "benchmarks" / "beds" / "model.py")
+
+
+@pytest.fixture(scope="session")
+def plain() -> Any:
+    """``plain_transformer.Plain``: the same transformers written out edge by edge in float64."""
+    return _from_file(Path(__file__).parent / "plain_transformer.py").Plain
+
+
+@pytest.fixture(scope="session")
+def bed_of(beds: Any) -> "Callable[[str], tuple[Model, Any, Any]]":
+    """By kind of architecture: a random bed in float64, four pairs of prompts of two lengths, a logit difference."""
+    import torch
+
+    from heredity.circuits.pairs import LogitDifference, Pairs
+
+    kinds: dict[str, dict[str, Any]] = {
+        "bare": {},
+        "layer": {"norm": "layer", "activation": "gelu"},
+        "grouped": {"norm": "rms", "activation": "silu", "gated": True, "rotary": True, "n_kv_heads": 2},
+    }
+
+    def build(kind: str) -> "tuple[Model, Any, Any]":
+        heads = 4 if kind == "grouped" else 2
+        config = beds.BedConfig(2, heads, 8, 4, 12, 9, 9, 6, **kinds[kind])
+        model = beds.bed(config, seed=3, scale=0.5, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(4)
+        clean, corrupt = (torch.randint(9, (4, 6), generator=generator) for _ in range(2))
+        pairs = Pairs(clean, corrupt, torch.tensor([5, 4, 5, 4]))
+        return model, pairs, LogitDifference(pairs.last, [[1], [2, 3], [4], [5]], [[6], [7], [8], [0, 1]])
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def parent(tiny_model: "Model") -> "Model":
     return tiny_model
