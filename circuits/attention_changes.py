@@ -128,7 +128,8 @@ def _attention(model: Model, layer: int, held: dict[str, Tensor], v: Tensor) -> 
     products = plain.scores_of(q, k)[visible].double()
     theirs = scores[visible].double()
     uncapped = theirs if cap is None else cap * (theirs / cap).atanh()
-    scale = float((uncapped @ products) / products.square().sum())
+    # Queries of 0 have scores of 0 at any scale.
+    scale = float((uncapped @ products) / products.square().sum()) if products.any() else 1.0
     found = Attention(q, k, v, scores, scale, cap)
     for ours, theirs in ((found.scores_of(q, k)[visible], scores[visible]), (found.pattern, held[at + "hook_pattern"])):
         if not (ours - theirs).norm() <= _TOLERANCE * theirs.norm():

@@ -6,7 +6,7 @@ and the module names that :mod:`heredity.interp.sites` and :mod:`heredity.circui
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -224,7 +224,10 @@ def bed(config: BedConfig, *, seed: int | None = None, scale: float = 0.3, dtype
 
 def wrap(inner: Transformer) -> Model:
     """The model around such a transformer."""
-    return Model(inner, None, spec="bed", digest="", floor=0.0)  # pyright: ignore[reportArgumentType]
+    model = Model(inner, None, spec="bed", digest="", floor=0.0)  # pyright: ignore[reportArgumentType]
+    # Otherwise taken from the unembedding, which here may have other rows than the embedding.
+    model.shape = replace(model.shape, d_vocab=inner.bed.d_vocab)
+    return model
 
 
 def save(model: Model, path: Path, about: dict[str, Any]) -> None:
