@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
     from heredity.circuits.attribution import Prompts
     from heredity.circuits.behaviours import Piece
+    from heredity.interp.dictionaries.record import DictionarySet
     from heredity.interp.model import Model
 
     Pair = tuple[Model, Model]
 
 MOVED = 0.15
 """Change of every tensor of the successor, as a share of its root mean square."""
+
+LATENTS = 40
+"""Of each random dictionary."""
 
 FLOATS = ("reverse", "p_successor", "p_successor_in_parent", "p_parent", "p_parent_in_successor", "surprise")
 
@@ -232,6 +236,43 @@ def draw() -> "Callable[..., Tensor]":
         return torch.randint(2, 140, (rows, length), generator=torch.Generator().manual_seed(seed))
 
     return ids
+
+
+@pytest.fixture(scope="session")
+def random_dictionaries() -> "Callable[..., DictionarySet]":
+    """Random dictionaries of every layer: (model, kind, activation, skip, seed)."""
+    import torch
+
+    from heredity.interp.dictionaries.record import Dictionary, DictionarySet, Port
+    from heredity.kernels import ReLU
+
+    def make(model: "Model", kind: str, activation: Any = None, skip: bool = False, seed: int = 0) -> "DictionarySet":
+        generator = torch.Generator().manual_seed(seed)
+        n_layers, width = model.shape.n_layers, model.shape.d_model
+
+        def draw(*shape: int) -> "Tensor":
+            return torch.randn(*shape, generator=generator)
+
+        found = []
+        for layer in range(n_layers):
+            read = f"mlp_out@{layer}" if kind == "sae" else f"mlp_in@{layer}"
+            written = range(layer, n_layers) if kind == "cross_layer_transcoder" else [layer]
+            found.append(
+                Dictionary(
+                    kind,  # pyright: ignore
+                    (Port(read),),
+                    tuple(Port(f"mlp_out@{i}") for i in written),
+                    (draw(width, LATENTS) / width**0.5,),
+                    0.2 * draw(LATENTS) - 0.4,
+                    tuple(0.3 * draw(LATENTS, width) for _ in written),
+                    tuple(0.1 * draw(width) for _ in written),
+                    activation or ReLU(),
+                    W_skip=0.2 * draw(width, width) if skip else None,
+                )
+            )
+        return DictionarySet(tuple(found))
+
+    return make
 
 
 @pytest.fixture(scope="session")

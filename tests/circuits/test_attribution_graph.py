@@ -7,47 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from heredity.circuits import replacement
 from heredity.circuits.attribution_graph import attribution_graph, sources_at
 from heredity.circuits.attribution_graph_record import AttributionGraph
-from heredity.circuits.attribution_graph_recording import recording
 from heredity.circuits.attribution_graph_targets import Target, logit_difference, logit_targets, salient_logits
-from heredity.circuits.replacement import FrozenLayer, check_adjoint, freeze
-from heredity.circuits.writes import ENTRY
 from heredity.interp.dictionaries.record import Dictionary, DictionarySet, Port
-from heredity.interp.errors import DictionaryError, ModelError
+from heredity.interp.errors import DictionaryError
 from heredity.interp.model import Model
 from heredity.kernels import BatchTopK, JumpReLU, ReLU, TopK
 
-LATENTS = 40
-
-
-def dictionaries(model: Model, kind: str, activation: Any = None, skip: bool = False, seed: int = 0) -> DictionarySet:
-    """Random dictionaries of every layer."""
-    generator = torch.Generator().manual_seed(seed)
-    n_layers, width = model.shape.n_layers, model.shape.d_model
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    found = []
-    for layer in range(n_layers):
-        read = f"mlp_out@{layer}" if kind == "sae" else f"mlp_in@{layer}"
-        written = range(layer, n_layers) if kind == "cross_layer_transcoder" else [layer]
-        found.append(
-            Dictionary(
-                kind,  # pyright: ignore
-                (Port(read),),
-                tuple(Port(f"mlp_out@{i}") for i in written),
-                (draw(width, LATENTS) / width**0.5,),
-                0.2 * draw(LATENTS) - 0.4,
-                tuple(0.3 * draw(LATENTS, width) for _ in written),
-                tuple(0.1 * draw(width) for _ in written),
-                activation or ReLU(),
-                W_skip=0.2 * draw(width, width) if skip else None,
-            )
-        )
-    return DictionarySet(tuple(found))
+LATENTS = 40  # of each random dictionary
 
 
 class Plain:
@@ -58,7 +26,11 @@ class Plain:
 
         bare = AutoModelForCausalLM.from_pretrained(model.spec)
         self.w = {name: value.double() for name, value in bare.state_dict().items()}
-        self.config, self.parts, self.constant = bare.config, [_double(d) for d in parts.layers], constant_positions
+        self.config, self.parts, self.constant = (
+            bare.config,
+            [d.to(dtype=torch.float64) for d in parts.layers],
+            constant_positions,
+        )
         self.llama = "model.embed_tokens.weight" in self.w
         embedding = self.w["model.embed_tokens.weight" if self.llama else "transformer.wte.weight"]
         self.embedded = embedding[tokens].requires_grad_()
@@ -155,10 +127,6 @@ class Plain:
         return act @ weight + bias, (z * (act / z).detach()) @ weight + bias
 
 
-def _double(d: Dictionary) -> Dictionary:
-    return d.to(dtype=torch.float64)
-
-
 def _activate(pre: Tensor, d: Dictionary) -> Tensor:
     match d.activation:
         case TopK(k=k):
@@ -207,11 +175,18 @@ def gemma(pair_of: Callable[[str], tuple[Model, Model]]) -> Model:
     ],
 )
 def test_every_direct_effect_is_that_of_autograd(
-    model: Model, draw: Callable[..., Tensor], kind: str, activation: Any, skip: bool, constant: int
+    model: Model,
+    draw: Callable[..., Tensor],
+    random_dictionaries: Callable[..., DictionarySet],
+    kind: str,
+    activation: Any,
+    skip: bool,
+    constant: int,
 ) -> None:
     tokens = draw(1, 7, seed=3)[0]
-    parts = dictionaries(model, kind, activation, skip, seed=5)
-    targets = [*logit_targets(model, [3, 9]), logit_difference(model, [5], [6, 7])]
+    parts = random_dictionaries(model, kind, activation, skip, seed=5)
+    direction = torch.randn(model.shape.d_model, generator=torch.Generator().manual_seed(9))
+    targets = [*logit_targets(model, [3, 9]), logit_difference(model, [5], [6, 7]), Target("a probe", direction)]
     graph = attribution_graph(model, parts, tokens, targets=targets, constant_positions=constant)
     check_entries(graph, Plain(model, tokens, parts, constant), targets)
 
@@ -219,10 +194,14 @@ def test_every_direct_effect_is_that_of_autograd(
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2"])
 @pytest.mark.parametrize("kind", ["transcoder", "cross_layer_transcoder", "sae", "skip"])
 def test_rows_and_roots_add_up(
-    pair_of: Callable[[str], tuple[Model, Model]], draw: Callable[..., Tensor], family: str, kind: str
+    pair_of: Callable[[str], tuple[Model, Model]],
+    draw: Callable[..., Tensor],
+    random_dictionaries: Callable[..., DictionarySet],
+    family: str,
+    kind: str,
 ) -> None:
     model = pair_of(family)[0]
-    parts = dictionaries(model, "transcoder" if kind == "skip" else kind, skip=kind == "skip", seed=1)
+    parts = random_dictionaries(model, "transcoder" if kind == "skip" else kind, skip=kind == "skip", seed=1)
     for constant in (0, 2):
         graph = attribution_graph(model, parts, draw(1, 11, seed=2)[0], constant_positions=constant)
         assert graph.residuals().max() < 1e-5
@@ -232,9 +211,11 @@ def test_rows_and_roots_add_up(
         assert graph.kept.reason == "" and graph.kept.nodes == graph.kept.active == graph.n_latents
 
 
-def test_logit_nodes_are_logits_less_their_mean(model: Model, draw: Callable[..., Tensor]) -> None:
+def test_logit_nodes_are_logits_less_their_mean(
+    model: Model, draw: Callable[..., Tensor], random_dictionaries: Callable[..., DictionarySet]
+) -> None:
     tokens = draw(1, 9)[0]
-    graph = attribution_graph(model, dictionaries(model, "transcoder"), tokens)
+    graph = attribution_graph(model, random_dictionaries(model, "transcoder"), tokens)
     logits = model.logits(tokens[None])[0, -1]
     expected = (logits - logits.mean())[list(graph.logit_tokens)]
     assert torch.allclose(graph.read[graph.n_latents :], expected, atol=1e-4)
@@ -246,9 +227,11 @@ def test_logit_nodes_are_logits_less_their_mean(model: Model, draw: Callable[...
     assert len(salient_logits(model, torch.tensor([0.0, 30.0, 1.0]))) == 1
 
 
-def test_layers_without_a_dictionary_are_error_nodes(model: Model, draw: Callable[..., Tensor]) -> None:
+def test_layers_without_a_dictionary_are_error_nodes(
+    model: Model, draw: Callable[..., Tensor], random_dictionaries: Callable[..., DictionarySet]
+) -> None:
     tokens = draw(1, 8)[0]
-    only = dictionaries(model, "transcoder").layers[1]
+    only = random_dictionaries(model, "transcoder").layers[1]
     graph = attribution_graph(model, only, tokens)
     assert (graph.latents[:, 0] == 1).all() and len(graph.latents)
     assert graph.residuals().max() < 1e-5
@@ -256,11 +239,13 @@ def test_layers_without_a_dictionary_are_error_nodes(model: Model, draw: Callabl
     assert first_errors.abs().max() > 0
 
 
-def test_effects_behind_norms_after_attention_and_mlp(gemma: Model, draw: Callable[..., Tensor]) -> None:
+def test_effects_behind_norms_after_attention_and_mlp(
+    gemma: Model, draw: Callable[..., Tensor], random_dictionaries: Callable[..., DictionarySet]
+) -> None:
     """Gemma 2, against pushing each source through the frozen forward, which the model itself is the check of."""
     tokens = draw(1, 8, seed=4)[0]
-    nodes = sources_at(gemma, dictionaries(gemma, "transcoder", TopK(4)), tokens)
-    graph = attribution_graph(gemma, dictionaries(gemma, "transcoder", TopK(4)), tokens)
+    nodes = sources_at(gemma, random_dictionaries(gemma, "transcoder", TopK(4)), tokens)
+    graph = attribution_graph(gemma, random_dictionaries(gemma, "transcoder", TopK(4)), tokens)
     zero = [torch.zeros(8, gemma.shape.d_model) for _ in range(gemma.shape.n_layers)]
     for s in range(0, graph.n_latents, 3):
         layer, position, latent = graph.latents[s].tolist()
@@ -275,87 +260,12 @@ def test_effects_behind_norms_after_attention_and_mlp(gemma: Model, draw: Callab
             assert abs(float(graph.weights[t, s] - expected)) < 1e-5 * float(graph.weights[t].abs().max() + 1)
 
 
-# --- freezing ---
-
-
-def test_the_frozen_forward_is_linear_where_the_model_is_not(model: Model, draw: Callable[..., Tensor]) -> None:
-    tokens = draw(1, 9)[0]
-    frozen = freeze(model, tokens)
-    step = torch.randn(frozen.embedded.shape, generator=torch.Generator().manual_seed(0)) * frozen.embedded.std()
-
-    def end(change: Tensor) -> Tensor:
-        return frozen.run(frozen.embedded + change, frozen.mlp_out, {}).end
-
-    def live(change: Tensor) -> Tensor:
-        seen = {}
-        edits = {ENTRY: lambda value: value + change}
-        for layer, out in enumerate(frozen.mlp_out):  # MLPs held, so that only attention and norms are live
-            edits[f"mlp_out@{layer}"] = lambda value, out=out: out.expand_as(value)
-        seen = model.capture(tokens[None], ["final"], edits=edits)
-        return seen["final"][0]
-
-    none = torch.zeros_like(step)
-    assert torch.allclose(end(none), live(none), atol=1e-4)
-    for run, bends in ((end, False), (live, True)):
-        curvature = (run(step) + run(-step) - 2 * run(none)).norm() / run(step).sub(run(none)).norm()
-        assert (curvature > 1e-2) == bends, (run, curvature)
-        assert bends or curvature < 1e-5
-
-
-def test_a_pattern_the_model_does_not_use_is_noticed(
-    model: Model, draw: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+def test_dictionaries_that_do_not_fit_are_refused(
+    model: Model, draw: Callable[..., Tensor], random_dictionaries: Callable[..., DictionarySet]
 ) -> None:
-    def slightly_off(model: Model, readers: Any) -> Any:
-        wrong = {
-            name: (lambda value, reader=reader: reader(value.roll(1, -1))) if "pattern" in name else reader
-            for name, reader in readers.items()
-        }
-        return recording(model, wrong)
-
-    monkeypatch.setattr(replacement, "recording", slightly_off)
-    with pytest.raises(ModelError, match="attention pattern of layer 0"):
-        freeze(model, draw(1, 6)[0])
-
-
-def test_a_hook_that_sees_nothing_is_noticed(model: Model) -> None:
-    name = "blocks.0.attn.hook_pattern"
-    with pytest.raises(ModelError, match=f"never passes {name}"), recording(model, {name: print}):
-        pass
-    with pytest.raises(ModelError, match="has no nowhere"), recording(model, {"nowhere": print}):
-        pass
-
-
-def test_a_backward_that_is_not_the_transpose_is_noticed(
-    model: Model, draw: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frozen = freeze(model, draw(1, 6)[0])
-    check_adjoint(frozen)
-    monkeypatch.setattr(FrozenLayer, "attend_backward", lambda self, gradient: None)
-    with pytest.raises(ModelError, match="transpose"):
-        check_adjoint(frozen)
-
-
-def test_patterns_on_disk_are_the_same(model: Model, draw: Callable[..., Tensor]) -> None:
-    tokens = draw(1, 6)[0]
-    first, second = freeze(model, tokens), freeze(model, tokens, on_disk=True)
-    for a, b in zip(first.layers, second.layers, strict=True):
-        assert torch.equal(a.pattern, b.pattern)
-
-
-def test_parallel_blocks_are_refused(
-    pair_of: Callable[[str], tuple[Model, Model]], draw: Callable[..., Tensor]
-) -> None:
-    with pytest.raises(ModelError, match="read the same stream"):
-        freeze(pair_of("neox")[0], draw(1, 5)[0])
-
-
-# --- what does not fit ---
-
-
-def test_dictionaries_that_do_not_fit_are_refused(model: Model, draw: Callable[..., Tensor]) -> None:
     from dataclasses import replace
 
-    tokens, good = draw(1, 5)[0], dictionaries(model, "transcoder").layers[0]
+    tokens, good = draw(1, 5)[0], random_dictionaries(model, "transcoder").layers[0]
     two = DictionarySet((good, good))
     elsewhere = replace(good, reads=(Port("resid_pre@0"),))
     foreign = replace(good, reads=(Port("blocks.0.hook_in"),))
