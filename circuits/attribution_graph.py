@@ -25,8 +25,11 @@ from .attribution_graph_rows import Rows
 from .attribution_graph_targets import Target, salient_logits
 from .replacement import Frozen, freeze
 
-ROUND = 512
-"""Latents explained together at most, and between two rankings at least."""
+AT_ONCE = 512
+"""Latents explained together at most."""
+ROUNDS = 8
+"""Rankings of latents that have no row yet, where not all get one: a latent without a direct effect on a target ranks
+only once latents that it feeds have theirs."""
 
 Targets = Sequence[Target] | Callable[[Model, Tensor], Sequence[Target]]
 
@@ -133,7 +136,7 @@ def _explain(rows: Rows, progress: Callable[[int, int], None] | None) -> float:
         return 0.0
     while rows.done < wanted:
         ranked = rows.influence()[:n].argsort(descending=True, stable=True)
-        todo = min(max(ROUND, wanted // 8), wanted - rows.done)
+        todo = min(-(-wanted // ROUNDS), wanted - rows.done)
         rows.explain(ranked[~rows.visited[ranked]][:todo].sort().values, progress)
     found = rows.influence()[:n]
     return float(found[~rows.visited].sum() / found.sum()) if found.sum() > 0 else 0.0
@@ -154,7 +157,7 @@ def _most_effective(nodes: Sources, targets: Sequence[Target], n: int) -> tuple[
 def _at_once(frozen: Frozen, cone: int, size: int) -> int:
     """How many targets that need ``cone`` positions can be taken together in ``size`` bytes."""
     width = max(frozen.embedded.shape[1], len(frozen.layers[0].output))
-    return max(1, min(ROUND, size // (4 * cone * width * frozen.embedded.element_size())))
+    return max(1, min(AT_ONCE, size // (4 * cone * width * frozen.embedded.element_size())))
 
 
 def _record(rows: Rows, kept: Kept, prompt: str) -> AttributionGraph:

@@ -90,10 +90,10 @@ def room(active: int, fixed: int, latents: int, targets: int, size: int) -> tupl
             middle = (low + high + 1) // 2
             low, high = (middle, high) if ranked(middle) >= min(active, 2 * middle) else (low, middle - 1)
         nodes = low
-        reasons.append(f"{size / 2**20:.0f} MiB for direct effects hold {nodes} latents' rows")
+        reasons.append(f"{size / 2**20:.3g} MiB for direct effects hold {nodes} latents' rows")
     if active and not nodes:
         raise ValueError(
-            f"{size / 2**20:.0f} MiB for direct effects hold no latent at all: there are {fixed} errors and tokens; "
+            f"{size / 2**20:.3g} MiB for direct effects hold no latent at all: there are {fixed} errors and tokens; "
             "raise the budget"
         )
     columns = min(active, ranked(nodes))

@@ -29,7 +29,8 @@ def merge(graphs: Sequence[AttributionGraph], roles: Sequence[Sequence[str]] | N
     """
     _check(graphs, roles)
     names = [(EVERYWHERE,) * len(g.places) for g in graphs] if roles is None else [tuple(r) for r in roles]
-    places = tuple(dict.fromkeys(name for named in names for name in named))
+    end = names[0][-1]  # where the targets are
+    places = (*dict.fromkeys(name for named in names for name in named if name != end), end)
     where = [torch.tensor([places.index(name) for name in named], dtype=torch.int64) for named in names]
 
     latents, latent_of = _union([_moved(g.latents, 1, at) for g, at in zip(graphs, where, strict=True)])
@@ -80,6 +81,8 @@ def _check(graphs: Sequence[AttributionGraph], roles: Sequence[Sequence[str]] | 
         raise ValueError("graphs of different models or dictionaries cannot be merged")
     if roles is not None and [len(r) for r in roles] != [len(g.places) for g in graphs]:
         raise ValueError("roles must name every position of every graph")
+    if roles is not None and len({r[-1] for r in roles}) > 1:
+        raise ValueError("roles must give the last position, where the targets are, one name in all graphs")
 
 
 def _moved(nodes: Tensor, column: int, place_of: Tensor) -> Tensor:
@@ -96,14 +99,14 @@ def _union(parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 def _tokens(graphs: Sequence[AttributionGraph], where: Sequence[Tensor], by_role: bool) -> tuple[Tensor, list[Tensor]]:
     parts = [_moved(g.tokens, 1, at) for g, at in zip(graphs, where, strict=True)]
-    if not by_role:
-        return _union(parts)
-    every = torch.cat(parts)
-    for place in every[:, 1].unique().tolist():
-        if len(every[every[:, 1] == place, 0].unique()) > 1:
-            for part in parts:
-                part[part[:, 1] == place, 0] = -1
-    return _union(parts)
+    if by_role:
+        every = torch.cat(parts)
+        for place in every[:, 1].unique().tolist():
+            if len(every[every[:, 1] == place, 0].unique()) > 1:
+                for part in parts:
+                    part[part[:, 1] == place, 0] = -1
+    found, which = _union([part.flip(1) for part in parts])  # in order of place
+    return found.flip(1), which
 
 
 def _kept(parts: Sequence[Kept], nodes: int) -> Kept:

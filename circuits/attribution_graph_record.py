@@ -137,8 +137,11 @@ class AttributionGraph:
 
     def residuals(self) -> Tensor:
         """By how much each row misses its sum, as a share of Σ |terms|, float64 [n + logits]."""
-        terms = torch.cat([self.weights, self.dropped[:, :1], self.constant[:, None]], 1).double()
-        return (terms.sum(1) - self.read.double()).abs() / terms.abs().sum(1).clamp_min(1e-300)
+        aside = torch.stack([self.dropped[:, 0], self.constant], 1).double()
+        parts = list(zip(self.weights.split(256), aside.split(256), self.read.double().split(256), strict=True))
+        miss = [w.double().sum(1) + a.sum(1) - read for w, a, read in parts]
+        size = [w.double().abs().sum(1) + a.abs().sum(1) for w, a, _ in parts]
+        return torch.cat(miss).abs() / torch.cat(size).clamp_min(1e-300)
 
     def roots(self) -> "Roots":
         """Each logit as an exact signed sum over tokens, errors, constants and what was dropped.

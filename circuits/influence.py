@@ -22,6 +22,7 @@ from torch import Tensor
 
 LEAST = 1e-10
 """Below which a row's sum counts as this, as in the source."""
+_ROWS = 256  # copied at once: the whole matrix may fill half of the memory there is
 
 
 def influence(
@@ -42,7 +43,8 @@ def influence(
         own = (layers == layer).nonzero()[:, 0]
         mass = found[at[own]]
         own, mass = own[mass > 0], mass[mass > 0]
-        found += (mass.to(latents.dtype) @ _shares(latents[own])).double()
+        for some, of in zip(own.split(_ROWS), mass.split(_ROWS), strict=True):
+            found += (of.to(latents.dtype) @ _shares(latents[some])).double()
     return found
 
 
@@ -61,8 +63,8 @@ def scores(weights: Tensor, layers: Tensor, logit_weights: Tensor, n_errors: int
     errors = slice(n, n + n_errors)
     tokens = float(found[n + n_errors :].sum())
     mass = torch.cat([found[:n], logit_weights.double()])
-    sums = weights.abs().sum(1, dtype=torch.float64).clamp_min(LEAST)
-    from_errors = weights[:, errors].abs().sum(1, dtype=torch.float64) / sums
+    sums = torch.cat([part.abs().sum(1, dtype=torch.float64) for part in weights.split(_ROWS)])
+    from_errors = weights[:, errors].abs().sum(1, dtype=torch.float64) / sums.clamp_min(LEAST)
     # Errors and tokens have no sources, so all of their mass counts as explained.
     total = float(mass.sum() + found[n:].sum())
     through = total - float((mass * from_errors).sum())
@@ -110,10 +112,14 @@ def prune(
     kept = found >= _threshold(found, nodes)
     kept[columns - n_tokens :] = True
     rows = torch.cat([kept[:n], kept.new_ones(len(weights) - n)])
-    left = weights * rows[:, None] * kept
-    mass = torch.cat([influence(left[:n], left[n:], layers, logit_weights)[:n], logit_weights.double()])
-    share = _shares(left) * mass.to(left.dtype)[:, None]
-    chosen = (share >= _threshold(share[share > 0].double(), edges)) & (share > 0)
+    left, inside = weights[rows][:, kept], int(kept[:n].sum())
+    own = kept[:n].nonzero()[:, 0]
+    found_left = influence(left[:inside], left[inside:], layers[own], logit_weights)
+    share = _shares(left) * torch.cat([found_left[:inside], logit_weights.double()]).to(left.dtype)[:, None]
+    chosen = torch.zeros(weights.shape, dtype=torch.bool, device=weights.device)
+    strong = (share >= _threshold(share[share > 0].double(), edges)) & (share > 0)
+    at = strong.nonzero()
+    chosen[rows.nonzero()[at[:, 0], 0], kept.nonzero()[at[:, 1], 0]] = True
     while True:
         before = int(kept.sum())
         kept[free] &= chosen[:, free].any(0)
