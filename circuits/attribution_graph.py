@@ -18,7 +18,7 @@ from heredity.interp.dictionaries.record import Dictionary, DictionarySet
 from heredity.interp.dictionaries.splicing import layers_of
 from heredity.interp.model import Model
 
-from .attribution_graph_memory import MATRIX_SHARE, Memory, estimate, room
+from .attribution_graph_memory import BUFFER_SHARE, Memory, estimate, room
 from .attribution_graph_nodes import Sources, frozen_mlps, sources
 from .attribution_graph_record import AttributionGraph, Kept
 from .attribution_graph_rows import Rows
@@ -58,7 +58,8 @@ def attribution_graph(
         constant_positions: at so many positions from the first, MLP outputs are constants rather than nodes
             (circuit-tracer always leaves out one, the beginning-of-text token).
         budget: bytes for the graph and what computing it needs (:func:`memory`), beside model and dictionaries.
-            Latents are left out, and counted, where it does not suffice.
+            Latents are left out, and counted, where it does not suffice. Large attention patterns go into a temporary
+            file. The model's own forward is not counted: its attention takes some 4·H·P² numbers at a time.
         progress: called with latents explained and to explain.
 
     Raises:
@@ -73,12 +74,12 @@ def attribution_graph(
         raise ValueError("an attribution graph needs a target")
 
     total = nodes.n_latents
-    size = int(budget * MATRIX_SHARE)
-    wanted, ranked, reason = room(total, nodes.n_columns - total, max_latents, len(chosen), size)
+    need = estimate(model.shape, n_tokens=frozen.n_positions, active=total, latents=0, dictionaries=len(nodes.active))
+    wanted, ranked, reason = room(total, nodes.n_columns - total, max_latents, len(chosen), need.left(budget))
     unranked_share = 0.0
     if ranked < total:
         nodes, unranked_share = _most_effective(nodes, chosen, ranked)
-    rows = Rows(nodes, chosen, wanted, lambda cone: _at_once(frozen, cone, budget // 8))
+    rows = Rows(nodes, chosen, wanted, lambda cone: _at_once(frozen, cone, budget // BUFFER_SHARE))
     dropped_share = _explain(rows, progress)
     kept = Kept(total, wanted, total - nodes.n_latents, unranked_share, dropped_share, reason)
     return _record(rows, kept, prompt if isinstance(prompt, str) else model.decode(frozen.tokens.tolist()))
@@ -98,8 +99,8 @@ def sources_at(
     Args and errors raised are those of :func:`attribution_graph`.
     """
     ids = _ids(model, prompt)
-    patterns = estimate(model.shape, n_tokens=len(ids), active=0, latents=0).patterns
-    frozen = freeze(model, ids, mlps=frozen_mlps(dictionaries), on_disk=patterns > budget // 4)
+    need = estimate(model.shape, n_tokens=len(ids), active=0, latents=0)
+    frozen = freeze(model, ids, mlps=frozen_mlps(dictionaries), on_disk=need.on_disk(budget))
     return sources(frozen, dictionaries, constant_positions)
 
 
@@ -165,7 +166,7 @@ def _record(rows: Rows, kept: Kept, prompt: str) -> AttributionGraph:
     model, n_layers, device = frozen.model, len(frozen.layers), frozen.tokens.device
     latents, weights, dropped = rows.finished()
     positions = torch.arange(frozen.n_positions, device=device)
-    logits = torch.stack([target.direction.to(frozen.last) @ frozen.last[-1] + target.bias for target in targets])
+    logits = torch.stack([target.direction.to(frozen.last) @ frozen.last + target.bias for target in targets])
     return AttributionGraph(
         prompt=prompt,
         places=tuple(model.decode([token]) for token in frozen.tokens.tolist()),

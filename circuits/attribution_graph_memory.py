@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from heredity.interp.model import Shape
 
-MATRIX_SHARE = 0.5
-"""Of the budget, for direct effects; the rest is for the prompt's activations, patterns and buffers."""
+BUFFER_SHARE = 8
+"""One part in so many of the budget is for gradients on their way through the model."""
+DISK_SHARE = 4
+"""Attention patterns larger than one part in so many of the budget are kept in a temporary file."""
 
 
 @dataclass(frozen=True)
@@ -13,19 +15,30 @@ class Memory:
     """Bytes, beside those of the model and the dictionaries.
 
     Attributes:
-        patterns: attention patterns; kept in a temporary file where they exceed a quarter of the budget.
+        patterns: attention patterns.
         activations: what is recorded of the prompt, and active latents.
+        weights: of attention, with the gains of norms folded in.
         matrix: direct effects, while latents are chosen and after.
     """
 
     patterns: int
     activations: int
+    weights: int
     matrix: int
 
     @property
     def total(self) -> int:
-        """All together, without the buffer of an eighth of the budget."""
-        return self.patterns + self.activations + self.matrix
+        """All together, but for buffers."""
+        return self.patterns + self.activations + self.weights + self.matrix
+
+    def on_disk(self, budget: int) -> bool:
+        """Whether patterns go into a temporary file."""
+        return self.patterns > budget // DISK_SHARE
+
+    def left(self, budget: int) -> int:
+        """What of ``budget`` bytes is left for direct effects; negative if the rest alone is more."""
+        held = self.activations + self.weights + (0 if self.on_disk(budget) else self.patterns)
+        return budget - budget // BUFFER_SHARE - held
 
 
 def estimate(
@@ -51,10 +64,13 @@ def estimate(
     """
     rows, fixed = latents + targets, (shape.n_layers + 1) * n_tokens
     chosen = rows * (latents + fixed) if latents < active else 0
-    recorded = (6 + 2 + 1) * shape.n_layers * n_tokens * shape.d_model
+    # Inputs and outputs of MLPs, the stream before them, what attention adds in any case, errors, constants, and what
+    # unranked latents write; tokens, positions, and both ends of the stream.
+    recorded = (7 * shape.n_layers + 4) * n_tokens * shape.d_model
     return Memory(
         patterns=itemsize * shape.n_layers * shape.n_heads * n_tokens**2,
         activations=itemsize * recorded + active * (4 + itemsize + 3 * 8) + dictionaries * 8 * (n_tokens + 1),
+        weights=itemsize * shape.n_layers * shape.d_model * shape.d_head * (shape.n_heads + shape.n_kv_heads),
         matrix=itemsize * (rows * (active + fixed) + chosen),
     )
 
@@ -77,7 +93,7 @@ def room(active: int, fixed: int, latents: int, targets: int, size: int) -> tupl
     """
     nodes = min(latents, active)
     reasons = [f"at most {latents} latents were asked for"] if latents < active else []
-    numbers = size // 4
+    numbers = max(size, 0) // 4
 
     def ranked(nodes: int) -> int:
         # Rows of all ranked columns, and where some are not chosen the chosen ones once more.
@@ -93,8 +109,8 @@ def room(active: int, fixed: int, latents: int, targets: int, size: int) -> tupl
         reasons.append(f"{size / 2**20:.3g} MiB for direct effects hold {nodes} latents' rows")
     if active and not nodes:
         raise ValueError(
-            f"{size / 2**20:.3g} MiB for direct effects hold no latent at all: there are {fixed} errors and tokens; "
-            "raise the budget"
+            f"{max(size, 0) / 2**20:.3g} MiB for direct effects hold no latent at all: there are {fixed} errors and "
+            "tokens; raise the budget"
         )
     columns = min(active, ranked(nodes))
     if columns < active:

@@ -11,6 +11,7 @@ the target's activation (Ameisen et al. 2025, "Circuit tracing"; conventions of 
 One letter means one dimension: P positions, D width, L layers, N active latents, S sources, B targets.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +25,7 @@ from heredity.interp.model import Model
 from heredity.interp.sites import parse_site
 from heredity.kernels import FeatureCSR, attribute, attribute_errors, decode
 
-from .replacement import Frozen, Streams
+from .replacement import Frozen, Stream
 
 READS = ("mlp_in", "resid_mid", "mlp_out")
 
@@ -97,10 +98,9 @@ class Sources:
         """[N]."""
         return torch.cat([self.errors.new_zeros(0), *(a.features.values for a in self.active)])
 
-    @cached_property
-    def constants(self) -> Streams:
-        """What constants alone put into the stream."""
-        return self.frozen.run(torch.zeros_like(self.frozen.embedded), list(self.constant), self.skips)
+    def constants(self) -> Iterator[Stream]:
+        """What constants alone put into the stream, place by place from below."""
+        return self.frozen.run(torch.zeros_like(self.frozen.embedded), self.constant.__getitem__, self.skips)
 
     # --- what reads ---
 
@@ -113,10 +113,9 @@ class Sources:
         a = self.part(layer)
         return self._to_stream(a, a.dictionary.W_enc[0].T[latents], positions)
 
-    def constant_part(self, layer: int, positions: Tensor, latents: Tensor) -> Tensor:
-        """What constants put into the pre-activations of latents of a layer, [B]."""
+    def read(self, layer: int, x: Tensor, positions: Tensor, latents: Tensor) -> Tensor:
+        """Pre-activations [B] of latents of a layer, given the stream [P, D] before its MLP, biases included."""
         a, frozen = self.part(layer), self.frozen.layers[layer]
-        x = self.constants.before_mlp[layer]
         if a.kind != "resid_mid":
             x = frozen.mlp_norm.forward(x)
         if a.kind == "mlp_out":

@@ -138,10 +138,10 @@ class AttributionGraph:
     def residuals(self) -> Tensor:
         """By how much each row misses its sum, as a share of Σ |terms|, float64 [n + logits]."""
         aside = torch.stack([self.dropped[:, 0], self.constant], 1).double()
-        parts = list(zip(self.weights.split(256), aside.split(256), self.read.double().split(256), strict=True))
-        miss = [w.double().sum(1) + a.sum(1) - read for w, a, read in parts]
-        size = [w.double().abs().sum(1) + a.abs().sum(1) for w, a, _ in parts]
-        return torch.cat(miss).abs() / torch.cat(size).clamp_min(1e-300)
+        sums = self.weights.sum(1, dtype=torch.float64) + aside.sum(1)
+        sizes = [row.abs().sum(dtype=torch.float64) for row in self.weights]
+        size = torch.stack(sizes) + aside.abs().sum(1)
+        return (sums - self.read.double()).abs() / size.clamp_min(1e-300)
 
     def roots(self) -> "Roots":
         """Each logit as an exact signed sum over tokens, errors, constants and what was dropped.

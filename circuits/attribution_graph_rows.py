@@ -89,13 +89,13 @@ class Rows:
 
     def constants(self, latents: Tensor) -> Tensor:
         """What constants put into the rows of ``latents`` (ascending) and of the targets, [rows]."""
-        frozen = self.nodes.frozen
-        found, parts = self.nodes.latents[latents], []
-        for layer in found[:, 0].unique().tolist():
-            own = found[found[:, 0] == layer]
-            parts.append(self.nodes.constant_part(layer, own[:, 1], own[:, 2]))
-        end = frozen.final.forward(self.nodes.constants.end)[-1]
-        parts += [(target.direction.to(end) @ end + target.bias)[None] for target in self.targets]
+        frozen, found, parts = self.nodes.frozen, self.nodes.latents[latents], []
+        for at in self.nodes.constants():
+            if at.where == "mlp" and len(own := found[found[:, 0] == at.layer]):
+                parts.append(self.nodes.read(at.layer, at.value, own[:, 1], own[:, 2]))
+            elif at.where == "end":
+                end = frozen.final.forward(at.value)[-1]
+                parts += [(target.direction.to(end) @ end + target.bias)[None] for target in self.targets]
         return torch.cat(parts)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 LEAST = 1e-10
 """Below which a row's sum counts as this, as in the source."""
-_ROWS = 256  # copied at once: the whole matrix may fill half of the memory there is
+_COPIED = 1 << 22  # numbers at once: the whole matrix may fill most of the memory there is
 
 
 def influence(
@@ -43,7 +43,7 @@ def influence(
         own = (layers == layer).nonzero()[:, 0]
         mass = found[at[own]]
         own, mass = own[mass > 0], mass[mass > 0]
-        for some, of in zip(own.split(_ROWS), mass.split(_ROWS), strict=True):
+        for some, of in zip(own.split(_rows(latents)), mass.split(_rows(latents)), strict=True):
             found += (of.to(latents.dtype) @ _shares(latents[some])).double()
     return found
 
@@ -63,7 +63,7 @@ def scores(weights: Tensor, layers: Tensor, logit_weights: Tensor, n_errors: int
     errors = slice(n, n + n_errors)
     tokens = float(found[n + n_errors :].sum())
     mass = torch.cat([found[:n], logit_weights.double()])
-    sums = torch.cat([part.abs().sum(1, dtype=torch.float64) for part in weights.split(_ROWS)])
+    sums = torch.cat([part.abs().sum(1, dtype=torch.float64) for part in weights.split(_rows(weights))])
     from_errors = weights[:, errors].abs().sum(1, dtype=torch.float64) / sums.clamp_min(LEAST)
     # Errors and tokens have no sources, so all of their mass counts as explained.
     total = float(mass.sum() + found[n:].sum())
@@ -132,6 +132,11 @@ def prune(
     entered = torch.empty_like(found)
     entered[order] = found[order].cumsum(0) / found.sum().clamp_min(1e-300)
     return Pruned(kept, chosen, entered)
+
+
+def _rows(weights: Tensor) -> int:
+    """How many rows are copied at once."""
+    return max(1, _COPIED // weights.shape[1])
 
 
 def _shares(weights: Tensor) -> Tensor:

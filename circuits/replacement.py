@@ -16,9 +16,9 @@ heads, R heads per key-value head, d width of a head, L layers, B targets.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +32,12 @@ from .reads import norm, projection
 from .writes import ENTRY, outer_norm
 
 
-class Streams(NamedTuple):
-    """The residual stream [P, D] before each attention, before each MLP, and at the end."""
+class Stream(NamedTuple):
+    """The residual stream [P, D] at one place: before the attention or the MLP of a layer, or at the end (layer L)."""
 
-    before_attention: list[Tensor]
-    before_mlp: list[Tensor]
-    end: Tensor
+    where: Literal["attention", "mlp", "end"]
+    layer: int
+    value: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class Frozen:
         embedded: what each token's embedding puts into the stream, [P, D].
         entry_bias: what else stands there at the beginning (learned positions), [P, D].
         mlp_in, mlp_out, mid: per layer, what the MLP read and returned and the stream before it, [P, D].
-        last: what the unembedding reads, [P, D].
+        last: what the unembedding reads at the last position, [D].
         logits: of the last position, [V].
     """
 
@@ -133,26 +133,26 @@ class Frozen:
         return len(self.tokens)
 
     def run(
-        self, entry: Tensor, written: Sequence[Tensor], skips: Mapping[int, Tensor], biases: bool = True
-    ) -> Streams:
-        """The stream given what is put into it.
+        self, entry: Tensor, written: Callable[[int], Tensor], skips: Mapping[int, Tensor], biases: bool = True
+    ) -> Iterator[Stream]:
+        """The stream given what is put into it, place by place from below.
 
         Args:
             entry: [P, D], where the stream begins, learned positions left out.
-            written: per layer [P, D], in the place of what the MLP returns.
+            written: layer to [P, D], in the place of what its MLP returns.
             skips: by layer, a linear path [D, D] from what the MLP would read to what it returns.
             biases: whether constants are added.
         """
-        x, pres, mids = entry + self.entry_bias if biases else entry, [], []
+        x = entry + self.entry_bias if biases else entry
         for i, layer in enumerate(self.layers):
-            pres.append(x)
+            yield Stream("attention", i, x)
             x = x + layer.attend(x) + (layer.bias if biases else 0)
-            mids.append(x)
-            out = written[i]
+            yield Stream("mlp", i, x)
+            out = written(i)
             if i in skips:
                 out = out + layer.mlp_norm.forward(x, biases) @ skips[i]
             x = x + (out if layer.post is None else layer.post.forward(out, biases))
-        return Streams(pres, mids, x)
+        yield Stream("end", len(self.layers), x)
 
     def sweep(
         self,
@@ -215,28 +215,38 @@ def freeze(model: Model, tokens: Tensor, *, mlps: Sequence[int] = (), on_disk: b
     readers = {name: keep(seen, name) for name in extra}
     readers |= {f"blocks.{i}.attn.hook_pattern": patterns[i].copy_ for i in range(n_layers)}
     with recording(model, readers):
-        logits, at = model.logits_and_capture(tokens[None], list(dict.fromkeys(sites)))
+        # The logits of all positions of a long prompt may be larger than all the rest.
+        logits, at = model.logits_and_capture(tokens[None], list(dict.fromkeys(sites)), last_only=True)
     value = {name: tensor[0] for name, tensor in at.items()}
-    layers = tuple(_freeze_layer(model, i, value, seen, patterns[i], i in mlps) for i in range(n_layers))
-    entry, last = value[ENTRY], seen["unembed.hook_in"]
+    del at
+    entry, end, last = value[ENTRY], value["final"], seen["unembed.hook_in"]
+    layers = []
+    for i in range(n_layers):
+        layers.append(_freeze_layer(model, i, value, seen, patterns[i], i in mlps))
+        for kind in ("resid_pre", "resid_post", "attn_z"):
+            del value[f"{kind}@{i}"]
     positions = seen.get("pos_embed.hook_out", torch.zeros_like(entry))
+    norm = model.bridge.ln_final.original_component
+    final = freeze_norm(norm, end, norm(end), "last norm", model)
+    agree(final.forward(end)[-1:], last, "last norm", model)
     found = Frozen(
         model=model,
         tokens=tokens,
-        layers=layers,
-        final=freeze_norm(model.bridge.ln_final.original_component, value["final"], last, "last norm", model),
+        layers=tuple(layers),
+        final=final,
         embedded=entry - positions,
         entry_bias=positions,
         mlp_in=tuple(value[f"mlp_in@{i}"] for i in range(n_layers)),
         mlp_out=tuple(value[f"mlp_out@{i}"] for i in range(n_layers)),
         mid=tuple(value[f"resid_mid@{i}"] for i in range(n_layers)),
-        last=last,
+        last=last[-1],
         logits=logits[0, -1],
     )
-    _, mids, end = found.run(found.embedded, found.mlp_out, {})
-    for i, mid in enumerate(mids):
-        agree(mid, found.mid[i], f"stream before the MLP of layer {i}", model)
-    agree(end, value["final"], "end of the stream", model)
+    for at in found.run(found.embedded, found.mlp_out.__getitem__, {}):
+        if at.where == "mlp":
+            agree(at.value, found.mid[at.layer], f"stream before the MLP of layer {at.layer}", model)
+        elif at.where == "end":
+            agree(at.value, end, "end of the stream", model)
     check_adjoint(found)
     return found
 
@@ -247,19 +257,23 @@ def check_adjoint(frozen: Frozen) -> None:
     Raises:
         ModelError: it is not.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(frozen.embedded)
-
     n_layers, shape = len(frozen.layers), frozen.embedded.shape
-    entry, written = draw(*shape), [draw(*shape) for _ in range(n_layers)]
-    _, mids, end = frozen.run(entry, written, {}, biases=False)
-    position = torch.tensor([frozen.n_positions - 1], device=entry.device)
-    for depth in {n_layers, n_layers // 2}:
-        w = draw(1, shape[1])
-        direct = (w * (end if depth == n_layers else mids[depth])[position]).sum()
-        parts = [(g[0] * (written[i] if i >= 0 else entry)).sum() for i, g in frozen.sweep(depth, position, w, {})]
+
+    def draw(seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=generator).to(frozen.embedded)
+
+    def written(layer: int) -> Tensor:
+        return draw(layer, *shape)
+
+    entry, position = draw(n_layers, *shape), torch.tensor([frozen.n_positions - 1], device=frozen.embedded.device)
+    w = draw(n_layers + 1, 1, shape[1])
+    for at in frozen.run(entry, written, {}, biases=False):
+        if (at.where, at.layer) not in (("mlp", n_layers // 2), ("end", n_layers)):
+            continue
+        direct = (w * at.value[position]).sum()
+        sweep = frozen.sweep(at.layer, position, w, {})
+        parts = [(g[0] * (written(i) if i >= 0 else entry)).sum() for i, g in sweep]
         total = torch.stack(parts).sum() - direct
         agree(total + direct, direct, "transpose", frozen.model, torch.stack([*parts, direct]))
 

@@ -101,12 +101,17 @@ class Model:
         return self._taken(sites, seen)
 
     def logits_and_capture(
-        self, tokens: Tensor, sites: Sequence[str], *, edits: Mapping[str, Edit] | None = None
+        self,
+        tokens: Tensor,
+        sites: Sequence[str],
+        *,
+        edits: Mapping[str, Edit] | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both of the above in one forward."""
+        """Both of the above in one forward; logits of the last position only, [batch, 1, d_vocab], if ``last_only``."""
         seen: dict[str, Tensor] = {}
         with self._hooked(edits or {}, sites, seen):
-            logits = self.bridge.original_model(tokens, use_cache=False).logits
+            logits = self.bridge.original_model(tokens, use_cache=False, logits_to_keep=int(last_only)).logits
         return logits, self._taken(sites, seen)
 
     def step(self, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]:

@@ -252,10 +252,11 @@ def test_effects_behind_norms_after_attention_and_mlp(
         d = nodes.part(layer).dictionary
         written = [z.clone() for z in zero]
         written[layer][position] = graph.activations[s] * d.W_dec[0][latent]
-        pushed = nodes.frozen.run(torch.zeros_like(zero[0]), written, {}, biases=False)
+        run = nodes.frozen.run(torch.zeros_like(zero[0]), written.__getitem__, {}, biases=False)
+        pushed = [at.value for at in run if at.where == "mlp"]
         for t in range(graph.n_latents):
             at, p, f = graph.latents[t].tolist()
-            read = nodes.frozen.layers[at].mlp_norm.forward(pushed.before_mlp[at], biases=False)[p]
+            read = nodes.frozen.layers[at].mlp_norm.forward(pushed[at], biases=False)[p]
             expected = read @ nodes.part(at).dictionary.W_enc[0][:, f]
             assert abs(float(graph.weights[t, s] - expected)) < 1e-5 * float(graph.weights[t].abs().max() + 1)
 

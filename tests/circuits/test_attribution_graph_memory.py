@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heredity.circuits.attribution_graph import attribution_graph, memory, sources_at
-from heredity.circuits.attribution_graph_memory import MATRIX_SHARE, room
+from heredity.circuits.attribution_graph_memory import estimate, room
 from heredity.circuits.attribution_graph_targets import logit_difference
 from heredity.interp.dictionaries.record import DictionarySet
 from heredity.interp.model import Model
@@ -62,12 +62,13 @@ def test_a_small_budget_ranks_only_the_most_effective(
     tokens = draw(1, 30, seed=5)[0]
     target = [logit_difference(tiny_model, [4], [7])]
     whole = attribution_graph(tiny_model, parts, tokens, targets=target)
-    budget = 150_000
+    budget = 450_000
     graph = attribution_graph(tiny_model, parts, tokens, targets=target, budget=budget)
     kept = graph.kept
     assert kept.active == whole.n_latents and 0 < kept.nodes < kept.active - kept.unranked < kept.active
     assert "MiB for direct effects hold" in kept.reason and "with the largest total effects were ranked" in kept.reason
-    assert graph.weights.numel() * 4 < budget * MATRIX_SHARE
+    need = estimate(tiny_model.shape, n_tokens=30, active=whole.n_latents, latents=0, dictionaries=3)
+    assert 4 * graph.weights.numel() < need.left(budget) < budget
     exact(graph)
     # Total effects are what the latents' activations come to in the whole graph, all paths: a times the roots' slope.
     n, weights, read = whole.n_latents, whole.weights.double(), whole.read.double()
@@ -117,8 +118,9 @@ def test_the_estimate_covers_the_arrays(tiny_model: Model, draw: Callable[..., T
     said = memory(tiny_model, parts, 40, per_token=18, latents=10_000)
     assert said.patterns == sum(layer.pattern.numel() * 4 for layer in frozen.layers)
     recorded = [*frozen.mlp_in, *frozen.mlp_out, *frozen.mid, nodes.errors, nodes.constant]
-    recorded += [layer.bias for layer in frozen.layers]
+    recorded += [layer.bias for layer in frozen.layers] + [frozen.embedded, frozen.entry_bias]
+    assert said.weights == sum(4 * (layer.value.numel() + layer.output.numel()) for layer in frozen.layers)
     assert said.activations >= sum(t.numel() * t.element_size() for t in recorded)
     graph = attribution_graph(tiny_model, parts, tokens)
     assert graph.weights.numel() * 4 <= said.matrix <= 1.2 * graph.weights.numel() * 4
-    assert said.total == said.patterns + said.activations + said.matrix
+    assert said.total == said.patterns + said.activations + said.weights + said.matrix

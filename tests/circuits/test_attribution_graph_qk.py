@@ -105,7 +105,8 @@ def alone(nodes: Sources, layer: int, row: int | None, position: int) -> tuple[T
     else:
         place = row - n - n_layers * n_positions
         entry[place] = frozen.embedded[place]
-    stream = frozen.run(entry, written, {}, biases=biases).before_attention[layer]
+    run = frozen.run(entry, written.__getitem__, {}, biases=biases)
+    stream = next(at.value for at in run if (at.where, at.layer) == ("attention", layer))
     return frozen.layers[layer].attention_norm.forward(stream, biases)[position], biases
 
 

@@ -26,7 +26,7 @@ def test_the_frozen_forward_is_linear_where_the_model_is_not(model: Model, draw:
     step = torch.randn(frozen.embedded.shape, generator=torch.Generator().manual_seed(0)) * frozen.embedded.std()
 
     def end(change: Tensor) -> Tensor:
-        return frozen.run(frozen.embedded + change, frozen.mlp_out, {}).end
+        return list(frozen.run(frozen.embedded + change, frozen.mlp_out.__getitem__, {}))[-1].value
 
     def live(change: Tensor) -> Tensor:
         seen = {}
@@ -97,8 +97,8 @@ def test_a_norm_the_model_does_not_use_is_noticed(
     """What a norm returned is compared with what its recorded input gives: a value changed on the way is seen."""
     kept = model.logits_and_capture
 
-    def shifted(self: Model, tokens: Tensor, sites: Any) -> Any:
-        logits, at = kept(tokens, sites)
+    def shifted(self: Model, tokens: Tensor, sites: Any, last_only: bool) -> Any:
+        logits, at = kept(tokens, sites, last_only=last_only)
         return logits, {**at, "mlp_in@1": at["mlp_in@1"] + 0.1 * at["mlp_in@1"].roll(1, -1)}
 
     monkeypatch.setattr(Model, "logits_and_capture", shifted)
