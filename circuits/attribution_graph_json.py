@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from heredity.interp.errors import DictionaryError
+from heredity.interp.errors import GraphError
 from heredity.interp.store import replacing
 
 from .attribution_graph_record import AttributionGraph
@@ -197,21 +197,21 @@ def read_graph_file(path: str | Path) -> GraphFile:
     """Read anyone's graph file, checked.
 
     Raises:
-        DictionaryError: it is no such file, or a link leads to no node.
+        GraphError: it is no such file, or a link leads to no node.
     """
     remedy = "Give an attribution graph as JSON (metadata, qParams, nodes, links)."
     try:
         file = GraphFile.model_validate_json(Path(path).read_bytes())
     except OSError as fault:
-        raise DictionaryError(f"it cannot be read ({fault.strerror})", where=str(path), remedy=remedy) from None
+        raise GraphError(f"it cannot be read ({fault.strerror})", where=str(path), remedy=remedy) from None
     except ValidationError as fault:
         first = fault.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
-        raise DictionaryError(f"{field}: {first['msg']}", where=str(path), remedy=remedy) from None
+        raise GraphError(f"{field}: {first['msg']}", where=str(path), remedy=remedy) from None
     ids = {node.node_id for node in file.nodes}
     loose = [end for link in file.links for end in (link.source, link.target) if end not in ids]
     if loose:
-        raise DictionaryError(f"a link leads to {loose[0]!r}, which is no node", where=str(path), remedy=remedy)
+        raise GraphError(f"a link leads to {loose[0]!r}, which is no node", where=str(path), remedy=remedy)
     return file
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heredity.interp.errors import DictionaryError
+from heredity.interp.errors import GraphError
 
 from .influence import Pruned, Scores, influence, prune, scores
 
@@ -196,7 +196,7 @@ class AttributionGraph:
         """Read what :meth:`save` wrote.
 
         Raises:
-            DictionaryError: the files are missing, of another format or do not belong together.
+            GraphError: the files are missing, of another format or do not belong together.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -218,7 +218,7 @@ class AttributionGraph:
                 **{name: arrays[name] for name in _ARRAYS},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
-            raise DictionaryError(
+            raise GraphError(
                 f"no attribution graph can be read there ({type(fault).__name__}: {fault})",
                 where=str(directory),
                 remedy=f"Give a directory with graph.json and graph.safetensors of the format {FORMAT!r}.",

@@ -71,6 +71,12 @@ class DictionaryError(HeredityError):
     page = "dictionary"
 
 
+class GraphError(HeredityError):
+    """A file of a circuit or an attribution graph that cannot be read."""
+
+    page = "graph"
+
+
 class PolicyError(HeredityError):
     """A policy or intent file that is malformed."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from heredity.circuits.attribution_graph import attribution_graph
 from heredity.circuits.attribution_graph_record import AttributionGraph
 from heredity.interp.dictionaries.record import DictionarySet
-from heredity.interp.errors import DictionaryError
+from heredity.interp.errors import GraphError
 from heredity.interp.model import Model
 from heredity.kernels import TopK
 
@@ -67,7 +67,7 @@ def test_files_that_are_no_graph_are_refused(graph: AttributionGraph, tmp_path: 
             said.write_text("[]")
         case _:
             said.write_text(json.dumps({k: v for k, v in content.items() if k != "places"}))
-    with pytest.raises(DictionaryError, match="no attribution graph can be read there"):
+    with pytest.raises(GraphError, match="no attribution graph can be read there"):
         AttributionGraph.load(tmp_path)
 
 
