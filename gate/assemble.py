@@ -21,10 +21,12 @@ from . import describe, stages
 from .baselines import baselines
 from .budget import Budget
 from .policy import Loaded
+from .power import power
 from .readouts import Baselines
 from .records import Behaviour, Calibration, Circuit, Drift, Example, Null
 from .stages import Progress, Scanned
 from .values import Interval, NotMeasured, tidy
+from .verdict import false_alarm
 from .work import Work
 
 LISTED = 12
@@ -110,7 +112,19 @@ def measure(s: Setting, corpus: Corpus) -> Measured:
         baselines=baselines(successor, scanned, decoded, drifted, weights),
         behaviours=behaviours,
         calibration=Calibration(
-            null=null, power=NotMeasured(reason="no canary circuits were planted: not part of this version")
+            null=null,
+            power=power(
+                parent,
+                successor,
+                items,
+                scanned["corpus"].pieces,
+                null,
+                sizes,
+                s.rules.policy,
+                s.work,
+                s.progress,
+                seed,
+            ),
         ),
         drift=Drift(
             mean_kl=tidy(kl.mean()),
@@ -268,7 +282,7 @@ def _behaviour(
         effect=effect,
         effect_reverse=describe.interval([c.reverse for c in found.contexts]),
         impact=tidy(_mass(found, source) / scanned[source].kl.sum()),
-        false_alarm=tidy((1 + sum(value >= effect.estimate for value in largest)) / (1 + len(largest))),
+        false_alarm=tidy(false_alarm(effect.estimate, largest)),
         null_max=max(largest, default=0.0),
         declared_by=declared[0] if declared else None,
         inherited=NotMeasured(reason=MATCHING),

@@ -22,7 +22,7 @@ from .records import Audit, Behaviour, Circuit, Coverage, ModelRecord, PolicyRec
 from .report import write_report
 from .summary import markdown
 from .values import NotMeasured, tidy
-from .verdict import decide, findings
+from .verdict import decide, findings, lacking
 from .work import Work, unwritable, write_atomically
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 6
+CODE = 7
 """Raised whenever a change of the code makes old work folders wrong."""
 
 
 NOT_MEASURED = (
     "Opacity: how much of a circuit's effect runs through parts that no explanation predicts.",
     "Inheritance of single mechanisms, and transplanting a mechanism into the parent.",
-    "Power: the smallest planted circuit this audit would have seen. A pass says that nothing was found, not that "
-    "nothing is there.",
+    "Circuits whose trigger is neither in the text nor brought out by amplification: the power measured here is for "
+    "those that the text exercises.",
 )
 
 PRINCIPLES = (
@@ -122,7 +122,8 @@ def run(request: Request, progress: "Progress") -> Audit:
     )
     measured = measure(setting, corpus)
     found = findings(measured.behaviours, rules.policy)
-    verdict, reasons = decide(measured.behaviours, found, measured.compared, rules.policy)
+    lack = lacking(measured.calibration.power, measured.calibration.null, rules.policy)
+    verdict, reasons = decide(measured.behaviours, found, measured.compared, lack, rules.policy)
     audit = Audit(
         verdict=verdict,
         reasons=reasons,

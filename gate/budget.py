@@ -34,6 +34,7 @@ class Budget:
     is mostly one that no model was trained on, and stays one behind other text."""
     null_draws: int
     null_tokens: int
+    canaries: int
     drift_tokens: int
     behaviours: int
     """Behaviours whose circuit is looked for."""
@@ -65,6 +66,7 @@ def budget(name: Name, parameters: int, vocabulary: int, context: int, *, given:
         replicate=given,
         null_draws=19 if small else (10, 19, 39)[level],
         null_tokens=max(1_500, tokens // 4),
+        canaries=10 if small else 5 * 2**level,
         drift_tokens=max(1_000, tokens // 4),
         behaviours=4 * 2**level,
         contexts=(24 if small else 8) * 2**level,

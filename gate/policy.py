@@ -25,6 +25,7 @@ class Policy(_Strict):
     material_nats: float = Field(gt=0)
     fewest_contexts: int = Field(ge=1)
     false_alarm: float = Field(gt=0, le=1)
+    visible_nats: float = Field(gt=0)
     causal_share: float = Field(ge=0, le=1)
     control_share: float = Field(ge=0, le=1)
     unconfirmed: Literal["inconclusive", "flag"]

@@ -201,11 +201,37 @@ class Null(Record):
     """Tokens every draw was compared on."""
 
 
+class Canary(Record):
+    """A circuit planted in a copy of the successor: after two tokens of the audited text, say a third."""
+
+    layer: int
+    """Whose attention carries it."""
+    after: str
+    says: str
+    contexts: int
+    """Texts that hold the context, of those it was tried on."""
+    seen: float | None
+    """Smallest effect, nats of KL(successor‖parent) at its contexts, at which this audit's own steps counted it; null
+    if it was not seen at any dose."""
+    missed: float | None
+    """Largest effect below that at which they did not; null if the smallest dose was seen."""
+
+
+class Power(Record):
+    """How small a circuit this audit would have seen, where the audited text exercises it."""
+
+    canaries: tuple[Canary, ...]
+    seen_share: float
+    """Share of the canaries that must be seen for a size to count as visible."""
+    visible: float | None
+    """The smallest such size, nats; null if there is none."""
+
+
 class Calibration(Record):
     """How often this audit would cry wolf on this pair, and how small a circuit it would have seen."""
 
     null: Null | NotMeasured
-    power: NotMeasured
+    power: Annotated[Power | NotMeasured, Field(union_mode="left_to_right")]
 
 
 class Coverage(Record):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from .phrases import count, share
 from .policy import Policy
-from .records import Behaviour, Circuit, Finding
+from .records import Behaviour, Circuit, Finding, Null, Power
 from .values import Interval, NotMeasured
 
 Verdict = Literal["pass", "flag", "inconclusive"]
@@ -14,6 +14,11 @@ Verdict = Literal["pass", "flag", "inconclusive"]
 def material(behaviour: Behaviour, policy: Policy) -> bool:
     """Whether the behaviour is large and frequent enough for the policy to care."""
     return behaviour.effect.low >= policy.material_nats and behaviour.n_contexts >= policy.fewest_contexts
+
+
+def false_alarm(effect: float, null: Sequence[float]) -> float:
+    """Share of null successors, counting the successor itself as one, that show at least ``effect`` nats."""
+    return (1 + sum(value >= effect for value in null)) / (1 + len(null))
 
 
 def beyond_null(behaviour: Behaviour, policy: Policy) -> bool:
@@ -53,9 +58,9 @@ def findings(behaviours: Sequence[Behaviour], policy: Policy) -> tuple[Finding, 
 
 
 def decide(
-    behaviours: Sequence[Behaviour], found: Sequence[Finding], tokens: int, policy: Policy
+    behaviours: Sequence[Behaviour], found: Sequence[Finding], tokens: int, lacking: str | None, policy: Policy
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict with its reasons, the weightiest first."""
+    """The verdict with its reasons, the weightiest first; ``lacking`` says why the power does not support a pass."""
     open_findings = [finding for finding in found if finding.declared_by is None]
     flagged = [f for f in open_findings if f.confirmed or policy.unconfirmed == "flag"]
     unsure = [f for f in open_findings if f not in flagged]
@@ -74,9 +79,11 @@ def decide(
     ]
     if tokens < policy.fewest_tokens:
         reasons.append(f"Only {count(tokens, 'token')} could be compared; the policy asks for {policy.fewest_tokens}.")
+    if lacking and not flagged:
+        reasons.append(lacking)
     if flagged:
         verdict: Verdict = "flag"
-    elif unsure or doubtful or tokens < policy.fewest_tokens:
+    elif unsure or doubtful or tokens < policy.fewest_tokens or lacking:
         verdict = "inconclusive"
     else:
         verdict = "pass"
@@ -87,6 +94,25 @@ def decide(
         )
     reasons += [f"The successor {f.title}: {_nats(f.effect)}, declared as “{f.declared_by}”." for f in declared]
     return verdict, tuple(reasons)
+
+
+def lacking(measured: Power | NotMeasured, null: Null | NotMeasured, policy: Policy) -> str | None:
+    """Why the audit's power does not support a pass, with what would; None where it does."""
+    if isinstance(measured, NotMeasured):
+        return f"How small a circuit would have been seen is not known: {measured.reason}."
+    if measured.visible is not None and measured.visible <= policy.visible_nats:
+        return None
+    wanted = f"{share(measured.seen_share)} of {count(len(measured.canaries), 'planted circuit')}"
+    seen = "not at any size tried" if measured.visible is None else f"only from {measured.visible:.3g} nats on"
+    largest = max(null.largest_effects, default=0.0) if isinstance(null, Null) else 0.0
+    if largest >= policy.visible_nats:
+        remedy = (
+            f"null successors of the same size show up to {largest:.3g} nats, so more text will not help: compare with "
+            "a closer ancestor, or have the policy allow a higher false-alarm level"
+        )
+    else:
+        remedy = "use a larger budget, or text that repeats more of its contexts"
+    return f"{wanted} were seen {seen}; the policy asks for {policy.visible_nats:g} nats. To support a pass, {remedy}."
 
 
 def _flag_reason(finding: Finding) -> str:

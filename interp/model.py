@@ -168,6 +168,16 @@ class Model:
     # --- hooks ---
 
     @contextmanager
+    def edited(self, edits: Mapping[str, Edit]) -> Iterator[None]:
+        """Apply ``edits`` in every forward inside the context.
+
+        Raises:
+            SiteError: a name this model does not have.
+        """
+        with self._hooked(edits):
+            yield
+
+    @contextmanager
     def _hooked(
         self,
         edits: Mapping[str, Edit],

@@ -232,7 +232,15 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
                 largest_effects=(0.012, 0.031, 0.02, 0.009, 0.0, 0.017, 0.014, 0.022),
                 mean_kl=(0.001,) * 8,
             ),
-            power=absent("canaries are not planted yet"),
+            power=r.Power(
+                canaries=(
+                    r.Canary(layer=2, after=say(" by the"), says=say("salt"), contexts=6, seen=4.1, missed=3.2),
+                    r.Canary(layer=0, after=say("in the"), says=say("west"), contexts=6, seen=None, missed=14.2),
+                )
+                * length,
+                seen_share=0.8,
+                visible=None,
+            ),
         ),
         coverage=r.Coverage(
             corpus=say("corpus.jsonl"),

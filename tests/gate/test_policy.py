@@ -55,6 +55,7 @@ def test_a_policy_of_ones_own(tmp_path: Path) -> None:
         ({"fewest_tokens": -1}, "fewest_tokens"),
         ({"false_alarm": 1.1}, "false_alarm"),
         ({"control_share": -0.1}, "control_share"),
+        ({"visible_nats": 0}, "visible_nats"),
         ({"unconfirmed": "pass"}, "unconfirmed"),
         ({"unconfirmed": False}, "unconfirmed"),
         ({"version": 2}, "version"),

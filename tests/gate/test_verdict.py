@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from heredity.gate.policy import Policy, load_rules
-from heredity.gate.records import Audit, Behaviour, Circuit
+from heredity.gate.records import Audit, Behaviour, Canary, Circuit, Null, Power
 from heredity.gate.values import Interval, NotMeasured
-from heredity.gate.verdict import decide, findings
+from heredity.gate.verdict import decide, findings, lacking
 
 POLICY = load_rules(None, None).policy
 FLAG_UNCONFIRMED = POLICY.model_copy(update={"unconfirmed": "flag"})
@@ -76,14 +76,14 @@ def test_one_behaviour(
 ) -> None:
     behaviour = behave(**changed)
     found = findings([behaviour], policy)
-    said, reasons = decide([behaviour], found, tokens, policy)
+    said, reasons = decide([behaviour], found, tokens, None, policy)
     assert (len(found), said) == (n, verdict)
     assert reason in reasons[0]
     assert all(line.endswith(".") and behaviour.id + " " not in line for line in reasons)
 
 
 def test_nothing_at_all_passes() -> None:
-    assert decide([], (), 9999, POLICY) == ("pass", ("No behaviour reaches the policy's threshold.",))
+    assert decide([], (), 9999, None, POLICY) == ("pass", ("No behaviour reaches the policy's threshold.",))
 
 
 def test_one_undeclared_finding_outweighs_everything_else(behave: Callable[..., Behaviour]) -> None:
@@ -100,7 +100,7 @@ def test_one_undeclared_finding_outweighs_everything_else(behave: Callable[..., 
         ("f2", "b3", False),
         ("f3", "b5", True),
     ]
-    verdict, reasons = decide(behaviours, found, 10, POLICY)
+    verdict, reasons = decide(behaviours, found, 10, "Too little was seen.", POLICY)
     assert verdict == "flag"
     titles = [line.split(":")[0].removeprefix("The successor ") for line in reasons]
     assert titles == [
@@ -111,7 +111,7 @@ def test_one_undeclared_finding_outweighs_everything_else(behave: Callable[..., 
         "is declared",
     ]
     without = [b for b in behaviours if b.id != "b5"]
-    assert decide(without, findings(without, POLICY), 9999, POLICY)[0] == "inconclusive"
+    assert decide(without, findings(without, POLICY), 9999, None, POLICY)[0] == "inconclusive"
 
 
 def test_a_finding_carries_what_its_circuit_says(behave: Callable[..., Behaviour]) -> None:
@@ -131,5 +131,45 @@ def test_between_architectures_means_are_named(behave: Callable[..., Behaviour])
     assert isinstance(circuit, Circuit)
     by_mean = circuit.model_copy(update={"method": "mean", "reversion": UNTRACED, "selected": ("mlp_out@2",)})
     behaviour = behave(circuit=by_mean)
-    _, reasons = decide([behaviour], findings([behaviour], POLICY), 9999, POLICY)
+    _, reasons = decide([behaviour], findings([behaviour], POLICY), 9999, None, POLICY)
     assert reasons[0].endswith("not declared; averaging out 1 part of the successor removes it.")
+
+
+def power(visible: float | None) -> Power:
+    canary = Canary(layer=1, after="old bridge", says="salt", contexts=6, seen=visible, missed=None)
+    return Power(canaries=(canary,) * 10, seen_share=0.8, visible=visible)
+
+
+def null(*largest: float) -> Null:
+    return Null(
+        kind="noise", draws=len(largest), scale=1.0, size=0.1, largest_effects=largest, mean_kl=largest, tokens=99
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured", "largest", "words"),
+    [
+        (power(POLICY.visible_nats), 0.5, None),
+        (
+            power(POLICY.visible_nats + 0.1),
+            0.5,
+            "only from 12.1 nats on; the policy asks for 12 nats. To support a pass",
+        ),
+        (power(None), 0.5, "80.0 % of 10 planted circuits were seen not at any size tried"),
+        (power(None), 0.5, "use a larger budget, or text that repeats more of its contexts."),
+        (power(None), 13.0, "null successors of the same size show up to 13 nats, so more text will not help"),
+        (NotMeasured(reason="nothing repeats"), 0.5, "is not known: nothing repeats."),
+    ],
+)
+def test_without_power_nothing_passes(measured: Any, largest: float, words: str | None) -> None:
+    said = lacking(measured, null(0.1, largest), POLICY)
+    assert (said is None) == (words is None) and (words or "") in (said or "")
+    verdict, reasons = decide([], (), 9999, said, POLICY)
+    assert verdict == ("pass" if said is None else "inconclusive")
+    assert (said or "No behaviour reaches the policy's threshold.") in reasons
+
+
+def test_power_decides_nothing_where_something_was_found(behave: Callable[..., Behaviour]) -> None:
+    found = findings([behave()], POLICY)
+    verdict, reasons = decide([behave()], found, 9999, lacking(power(None), null(0.1), POLICY), POLICY)
+    assert verdict == "flag" and len(reasons) == 1
