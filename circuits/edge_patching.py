@@ -8,7 +8,7 @@ with ``other`` the sources' values on the counterfactual prompts (interchange, a
 With every edge in the circuit it is the model; with none, each destination sees only ``other``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,26 +18,36 @@ from heredity.interp.model import Edit, Model
 
 from .layout import NodeLayout
 from .pairs import Metric, Pairs
+from .prefix import Batch
 from .reads import KINDS, norm, projection, read_sites
-from .writes import ENTRY, head_writes, mlp_write
+from .writes import ENTRY, both, head_writes, mlp_write, stream_scale
 
 Ablation = Literal["counterfactual", "mean", "zero"]
-GROUP_TOKENS = 128
+GROUP_TOKENS = 256
 """Padded tokens run at once; memory for what edges carry is sources · tokens · d_model floats."""
+KEPT_BYTES = 2**29
+"""Memory for what edges outside a circuit carry, kept from one circuit to the next."""
 
 
-def written(model: Model, layout: NodeLayout, tokens: Tensor) -> Tensor:
-    """What each source writes on ``tokens`` [batch, pos]: [sources, batch, pos, d_model]."""
-    layers = range(layout.n_layers)
+def written(model: Model, layout: NodeLayout, tokens: Tensor, batch: Batch | None = None) -> Tensor:
+    """What each source adds to the stream on ``tokens`` [batch, pos]: [sources, batch, pos, d_model].
+
+    Args:
+        model, layout: as elsewhere.
+        tokens: int64 [batch, pos].
+        batch: whose beginning goes before ``tokens``, if any.
+    """
+    layers, scale = range(layout.n_layers), stream_scale(model)
     with torch.inference_mode():
         sites = [ENTRY, *(f"{kind}@{layer}" for layer in layers for kind in ("attn_z", "mlp_out"))]
-        seen = model.capture(tokens, sites)
+        seen = model.capture(tokens, sites) if batch is None else batch.capture(tokens, sites)
         out = seen[ENTRY].new_empty(len(layout.sources), *seen[ENTRY].shape)
         out[0] = seen[ENTRY]
         for layer in layers:
             block = out[layout.written_by(layer)]
-            block[:-1] = head_writes(model, layer, seen[f"attn_z@{layer}"], range(layout.n_heads)).permute(2, 0, 1, 3)
-            block[-1] = mlp_write(model, layer, seen[f"mlp_out@{layer}"])
+            heads = head_writes(model, layer, seen[f"attn_z@{layer}"], range(layout.n_heads))
+            block[:-1] = scale * heads.permute(2, 0, 1, 3)
+            block[-1] = scale * mlp_write(model, layer, seen[f"mlp_out@{layer}"])
     return out
 
 
@@ -50,6 +60,51 @@ def mean_written(model: Model, layout: NodeLayout, pairs: Pairs) -> Tensor:
         total += written(model, layout, group.corrupt)[:, real].double().sum(1)
         count += int(real.sum())
     return (total / count).float()[:, None, None]
+
+
+class CircuitRunner:
+    """Measures circuits on the same pairs, one after the other.
+
+    Args:
+        model, layout, pairs, metric: as elsewhere.
+        ablation: what edges outside a circuit carry. Of "counterfactual", as much as ``KEPT_BYTES`` holds is computed
+            once for all circuits.
+    """
+
+    def __init__(
+        self, model: Model, layout: NodeLayout, pairs: Pairs, metric: Metric, ablation: Ablation = "counterfactual"
+    ) -> None:
+        self.model, self.layout, self.pairs, self.metric, self.ablation = model, layout, pairs, metric, ablation
+        share = ablation == "counterfactual"
+        self._batches = [Batch(model, pairs, rows, share=share) for rows in pairs.groups(GROUP_TOKENS, share=share)]
+        self._kept: dict[int, Tensor] = {}
+        self._other: Tensor | None = None
+        if ablation == "mean":
+            self._other = mean_written(model, layout, pairs)
+        elif ablation == "zero":
+            self._other = torch.zeros(len(layout.sources), 1, 1, layout.d_model)
+
+    def __call__(self, circuit: Tensor) -> Tensor:
+        """The metric of each pair's clean prompt with only the edges of ``circuit`` [sources, destinations], float64
+        [N]."""
+        out = torch.zeros(len(self.pairs), dtype=torch.float64)
+        for i, batch in enumerate(self._batches):
+            tokens = batch.pairs.clean
+            run = _Run(self.model, self.layout, circuit, self._carried(i), tuple(tokens.shape))
+            with torch.inference_mode():
+                out[batch.rows] = batch.value(self.metric, tokens, run.edits()).double()
+        return out
+
+    def _carried(self, i: int) -> Tensor:
+        if self._other is not None:
+            return self._other
+        if i in self._kept:
+            return self._kept[i]
+        batch = self._batches[i]
+        other = written(self.model, self.layout, batch.pairs.corrupt, batch)
+        if sum(kept.nbytes for kept in self._kept.values()) + other.nbytes <= KEPT_BYTES:
+            self._kept[i] = other
+        return other
 
 
 def run_circuit(model: Model, layout: NodeLayout, tokens: Tensor, circuit: Tensor, other: Tensor) -> Tensor:
@@ -75,56 +130,97 @@ def measure(
     circuit: Tensor,
     *,
     ablation: Ablation = "counterfactual",
-    means: Tensor | None = None,
 ) -> Tensor:
     """The metric of each pair's clean prompt with only the edges of ``circuit`` [sources, destinations], float64 [N].
 
-    Args:
-        model, layout, pairs, metric, circuit: as elsewhere.
-        ablation: what the other edges carry.
-        means: of :func:`mean_written`, computed here if absent and needed.
+    :class:`CircuitRunner` is quicker for several circuits.
     """
-    if ablation == "mean" and means is None:
-        means = mean_written(model, layout, pairs)
-    out = torch.zeros(len(pairs), dtype=torch.float64)
-    for rows in pairs.groups(GROUP_TOKENS):
-        group = pairs.of(rows)
-        if ablation == "counterfactual":
-            other = written(model, layout, group.corrupt)
-        else:
-            other = torch.zeros(len(layout.sources), 1, 1, layout.d_model) if means is None else means
-        out[rows] = metric(run_circuit(model, layout, group.clean, circuit, other), rows).double()
-    return out
+    return CircuitRunner(model, layout, pairs, metric, ablation)(circuit)
 
 
-def patch_edges(model: Model, layout: NodeLayout, pairs: Pairs, metric: Metric, edges: list[tuple[int, int]]) -> Tensor:
+def patch_edges(
+    model: Model, layout: NodeLayout, pairs: Pairs, metric: Metric, edges: Sequence[tuple[int, int]]
+) -> Tensor:
     """What each edge really carries: m(x) − m(x with the edge carrying its value on x′), float64 [edges, N].
 
     Positive supports the behaviour, as in :mod:`.edges`. One row of a forward per edge and pair.
+
+    Args:
+        model, layout, pairs, metric: as elsewhere.
+        edges: (row of ``layout.sources``, column of ``layout.destinations``).
     """
     found = torch.zeros(len(edges), len(pairs), dtype=torch.float64)
-    for rows in pairs.groups(GROUP_TOKENS):
-        group = pairs.of(rows)
-        other = written(model, layout, group.corrupt)
+    for rows in pairs.groups(GROUP_TOKENS // 2, share=True):
+        batch = Batch(model, pairs, rows)
+        clean = batch.pairs.clean
+        change = written(model, layout, batch.pairs.corrupt, batch) - written(model, layout, clean, batch)
         with torch.inference_mode():
-            base = metric(model.logits(group.clean), rows).double()
-        for which in _chunks(len(edges), max(1, GROUP_TOKENS // group.clean.numel())):
-            circuit = torch.ones(len(which), 1, *layout.edges.shape, dtype=torch.bool)
-            for i, k in enumerate(which):
-                circuit[i, 0, edges[k][0], edges[k][1]] = False
-            circuit = circuit.expand(-1, len(group), -1, -1).flatten(0, 1)
-            logits = run_circuit(
-                model, layout, group.clean.repeat(len(which), 1), circuit, other.repeat(1, len(which), 1, 1)
-            )
-            values = metric(logits, rows.repeat(len(which))).double().unflatten(0, (len(which), len(group)))
-            for i, k in enumerate(which):
-                found[k, rows] = base - values[i]
+            base = batch.value(metric, clean).double()
+            size = max(1, 2 * GROUP_TOKENS // clean.numel())
+            for first in range(0, len(edges), size):
+                some = edges[first : first + size]
+                values = batch.value(metric, clean.repeat(len(some), 1), _exchanges(model, layout, some, change))
+                found[first : first + len(some), rows] = base - values.double().unflatten(0, (len(some), len(rows)))
     return found
 
 
-def _chunks(n: int, size: int) -> Iterator[range]:
-    for first in range(0, n, size):
-        yield range(first, min(n, first + size))
+def _exchanges(model: Model, layout: NodeLayout, edges: Sequence[tuple[int, int]], change: Tensor) -> dict[str, Edit]:
+    """Edits that add ``change`` of the source of ``edges[i]`` to what its destination reads, in the i-th copy."""
+    n = change.shape[1]
+    places = read_sites(model, layout.parallel)
+    edits: dict[str, Edit] = {}
+    streams: dict[str, Tensor] = {}
+
+    def watch(site: str) -> Edit:
+        def edit(stream: Tensor) -> Tensor:
+            streams[site] = stream
+            return stream
+
+        return edit
+
+    def head(part: slice, row: int, site: str, layer: int, kind: str, head: int) -> Edit:
+        def edit(value: Tensor) -> Tensor:
+            value = value.clone()
+            before = streams[site][part]
+            ln = norm(model, layer, "attn")
+            weight = projection(model, layer, kind).weight[head]
+            value[part, :, head] += (ln(before + change[row]) - ln(before)) @ weight
+            return value
+
+        return edit
+
+    def mlp(part: slice, row: int, site: str, layer: int) -> Edit:
+        def edit(value: Tensor) -> Tensor:
+            value = value.clone()
+            value[part] = norm(model, layer, "mlp")(streams[site][part] + change[row])
+            return value
+
+        return edit
+
+    def final(part: slice, row: int) -> Edit:
+        def edit(stream: Tensor) -> Tensor:
+            stream = stream.clone()
+            stream[part] += change[row]
+            return stream
+
+        return edit
+
+    for i, (row, column) in enumerate(edges):
+        part = slice(i * n, (i + 1) * n)
+        kind, _, place = layout.destinations[column].partition("@")
+        if not place:
+            site, own = "final", final(part, row)
+        else:
+            layer, _, number = place.partition(".")
+            stream = places[f"{'mlp' if kind == 'mlp_in' else 'attn'}@{layer}"]
+            edits.setdefault(stream, watch(stream))
+            if kind == "mlp_in":
+                site, own = f"mlp_in@{layer}", mlp(part, row, stream, int(layer))
+            else:
+                letter = kind.removeprefix("attn_")
+                site, own = f"{kind}@{layer}", head(part, row, stream, int(layer), letter, int(number))
+        edits[site] = both(edits[site], own) if site in edits else own
+    return edits
 
 
 class _Run:
@@ -134,6 +230,7 @@ class _Run:
         self, model: Model, layout: NodeLayout, circuit: Tensor, other: Tensor, shape: tuple[int, ...]
     ) -> None:
         self.model, self.layout, self.other = model, layout, other
+        self.scale = stream_scale(model)
         self.outside = (~circuit).float()
         self.difference = torch.zeros(len(layout.sources), *shape, layout.d_model)
         self.streams: dict[str, Tensor] = {}
@@ -177,7 +274,7 @@ class _Run:
         def edit(z: Tensor) -> Tensor:
             writes = head_writes(self.model, layer, z, range(self.layout.n_heads)).permute(2, 0, 1, 3)
             rows = self.layout.written_by(layer)
-            self._wrote(slice(rows.start, rows.stop - 1), writes)
+            self._wrote(slice(rows.start, rows.stop - 1), self.scale * writes)
             return z
 
         return edit
@@ -193,7 +290,7 @@ class _Run:
     def _mlp_out(self, layer: int) -> Edit:
         def edit(out: Tensor) -> Tensor:
             rows = self.layout.written_by(layer)
-            self._wrote(slice(rows.stop - 1, rows.stop), mlp_write(self.model, layer, out)[None])
+            self._wrote(slice(rows.stop - 1, rows.stop), self.scale * mlp_write(self.model, layer, out)[None])
             return out
 
         return edit

@@ -10,11 +10,13 @@ m(x) − m(x′) (completeness, Sundararajan et al. 1703.01365); how far they mi
 doubled until they miss by less than a tolerance.
 
 Where the gradient is taken: at x (EAP, Syed et al. 2310.10348), at both ends ("clean-corrupted"), or averaged over
-embeddings on the straight line between x′ and x (EAP-IG, Hanna et al. 2403.17806). The line is integrated by Gauss's
-rule, which needs fewer points than sums of equal steps.
+embeddings on the straight line between x′ and x (EAP-IG, Hanna et al. 2403.17806). Half-way the norm turns from one
+token's direction to the other's, and there a gradient is many times what it is elsewhere: points are those of Gauss's
+rule, moved towards the middle by a change of variable, and far fewer are needed than in equal steps.
 
 What makes it quick: the gradient at a head's input is computed from that at its query, key or value, which is small;
-all steps of a batch go through the model in one forward; differences are contracted with the steps' mean gradient.
+all steps of a batch go through the model in one forward; differences are contracted with the steps' mean gradient;
+nothing is computed for tokens that stand before the first in which a pair's prompts differ (:mod:`.prefix`).
 """
 
 from collections.abc import Callable, Mapping
@@ -29,14 +31,23 @@ from heredity.interp.model import Edit, Model
 
 from .layout import NodeLayout, layout_of
 from .pairs import Metric, Pairs
+from .prefix import Batch
 from .reads import KINDS, check_reads, norm, projection, read_sites, through_norm
-from .writes import ENTRY, both, check_additive, head_writes, mlp_write
+from .writes import ENTRY, both, check_additive, head_writes, mlp_write, stream_scale
 
 Method = Literal["eap", "clean-corrupted", "eap-ig"]
 PASS_TOKENS = 512
 """Padded tokens in one forward and backward."""
 GROUP_TOKENS = 128
 """Tokens of pairs whose differences are held at once; memory for them is sources · tokens · d_model floats."""
+STEPS = (5, 8, 12, 18, 27, 40, 60, 90, 135)
+"""Numbers of gradients tried until completeness holds."""
+PROBED = 4
+"""Pairs on which they are tried first, at the input cut alone."""
+PER_PAIR_BYTES = 2**30
+"""Memory for scores that are kept by pair; pairs are added up into fewer groups where they need more."""
+_MIDDLE = 0.35
+"""Density of points half-way is 1 over this; 1 would be Gauss's rule."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ class EdgeScores:
         method: how the gradient was taken.
         steps: gradients per pair.
         input_cut: Σ of the scores out of the embedding, float64 [N].
+        parts: sums of scores over groups of pairs, float32 [groups, sources, destinations], with as many groups as
+            pairs where memory allows; None if not asked for.
+        places: what each source carries at each position of the first pair, float64 [sources, pos].
     """
 
     layout: NodeLayout
@@ -59,6 +73,8 @@ class EdgeScores:
     method: str
     steps: int
     input_cut: Tensor
+    parts: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def completeness(self) -> float:
@@ -79,6 +95,7 @@ def attribute_edges(
     method: Method = "eap-ig",
     steps: int | None = None,
     tolerance: float = 0.02,
+    parts: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EdgeScores:
     """Scores of all edges of ``model`` on ``pairs``.
@@ -88,8 +105,9 @@ def attribute_edges(
         pairs: N prompts with their counterfactuals.
         metric: what is attributed.
         method: where gradients are taken.
-        steps: gradients per pair for ``eap-ig``; doubled from 5 until completeness is within ``tolerance`` if None.
+        steps: gradients per pair for ``eap-ig``; as many as completeness within ``tolerance`` needs if None.
         tolerance: largest miss of the input cut, as a share of m(x) − m(x′).
+        parts: keep scores by pair (for :mod:`.stability`).
         progress: called with groups of pairs done and in all, per number of steps tried.
 
     Raises:
@@ -99,13 +117,16 @@ def attribute_edges(
     check_additive(model)
     check_reads(model, layout.parallel)
     if method != "eap-ig" or steps is not None:
-        return _run(model, layout, pairs, metric, method, steps or 1, progress)
-    tried = 5
-    while True:
-        found = _run(model, layout, pairs, metric, method, tried, progress)
-        if found.completeness <= tolerance or tried >= 160:
-            return found
-        tried *= 2
+        return _run(model, layout, pairs, metric, path(method, steps or STEPS[0]), method, parts, progress)
+    found = None
+    for tried in STEPS:
+        if tried != STEPS[-1] and not complete(model, pairs, metric, tried, tolerance):
+            continue
+        found = _run(model, layout, pairs, metric, path(method, tried), method, parts, progress)
+        if found.completeness <= tolerance:
+            break
+    assert found is not None
+    return found
 
 
 def path(method: Method, steps: int) -> list[tuple[float, float]]:
@@ -120,8 +141,41 @@ def path(method: Method, steps: int) -> list[tuple[float, float]]:
         return [(0.0, 0.5), (1.0, 0.5)]
     if method == "eap-ig":
         at, weights = np.polynomial.legendre.leggauss(steps)
-        return [((a + 1) / 2, w / 2) for a, w in zip(at.tolist(), weights.tolist(), strict=True)]
+        moved = (1 - _MIDDLE) * at**3 + _MIDDLE * at
+        weights = weights * (3 * (1 - _MIDDLE) * at**2 + _MIDDLE)
+        # Exact for a constant whatever the number of points, as an average has to be.
+        return list(zip(((moved + 1) / 2).tolist(), (weights / weights.sum()).tolist(), strict=True))
     raise ValueError(f"no such method: {method!r}")
+
+
+def complete(model: Model, pairs: Pairs, metric: Metric, steps: int, tolerance: float) -> bool:
+    """Whether ``steps`` gradients of ``eap-ig`` bring the input cut within ``tolerance`` of m(x) − m(x′) on a few pairs.
+
+    Only gradients at the embedding are computed.
+    """
+    chosen = torch.linspace(0, len(pairs) - 1, min(PROBED, len(pairs))).round().long().unique()
+    some = pairs.of(chosen)
+    missed = total = 0.0
+    for own in some.groups(PASS_TOKENS, share=True):
+        batch = Batch(model, pairs, chosen[own])
+        group, n = batch.pairs, len(own)
+        with torch.inference_mode():
+            values, seen = batch.value_and_capture(metric, torch.cat([group.clean, group.corrupt]), [ENTRY])
+        clean, corrupt = seen[ENTRY][:n].clone(), seen[ENTRY][n:].clone()
+        found = -(values[:n] - values[n:]).double()
+        total += float(-found.sum())
+        points = path("eap-ig", steps)
+        per_pass = max(1, PASS_TOKENS // group.clean.numel())
+        for first in range(0, steps, per_pass):
+            here = points[first : first + per_pass]
+            entry = torch.cat([corrupt + alpha * (clean - corrupt) for alpha, _ in here]).requires_grad_()
+            with torch.enable_grad():
+                metric_at = batch.value(metric, group.clean.repeat(len(here), 1), {ENTRY: lambda _, entry=entry: entry})
+                (gradient,) = torch.autograd.grad(metric_at.sum(), entry)
+            for (_, weight), own_gradient in zip(here, gradient.unflatten(0, (len(here), n)), strict=True):
+                found += weight * ((clean - corrupt) * own_gradient).sum((1, 2)).double()
+        missed += float(found.sum())
+    return abs(missed) <= tolerance * abs(total)
 
 
 def _run(
@@ -129,50 +183,83 @@ def _run(
     layout: NodeLayout,
     pairs: Pairs,
     metric: Metric,
-    method: Method,
-    steps: int,
+    points: list[tuple[float, float]],
+    method: str,
+    keep_parts: bool,
     progress: Callable[[int, int], None] | None,
 ) -> EdgeScores:
-    points = path(method, steps)
     scores = torch.zeros(len(layout.sources), len(layout.destinations), dtype=torch.float64)
     clean, corrupt, cut = (torch.zeros(len(pairs), dtype=torch.float64) for _ in range(3))
-    groups = list(pairs.groups(GROUP_TOKENS))
+    parts = torch.zeros(_parts(layout, len(pairs)), *scores.shape) if keep_parts else None
+    places = torch.zeros(len(layout.sources), int(pairs.last[0]) + 1, dtype=torch.float64)
+    groups = list(pairs.groups(GROUP_TOKENS, share=True))
     for done, rows in enumerate(groups):
-        group = pairs.of(rows)
-        ends = _Ends(model, layout, group)
-        clean[rows], corrupt[rows] = (metric(logits, rows).double() for logits in ends.logits)
+        batch = Batch(model, pairs, rows)
+        group = batch.pairs
+        ends = _Ends(model, layout, group, batch, metric)
+        clean[rows], corrupt[rows] = ends.values
+        shown = (rows == 0).nonzero().flatten().tolist()
         per_pass = max(1, PASS_TOKENS // group.clean.numel())
         for first in range(0, len(points), per_pass):
-            slopes = _Slopes(model, layout, group, ends, metric, rows, points[first : first + per_pass])
+            here = points[first : first + per_pass]
+            slopes = _Slopes(model, layout, group, ends, metric, rows, here, batch=batch)
             for columns, gradient in slopes.by_destination():
                 before = int(layout.reach[columns].max())
-                # [sources, pairs · pos · d_model] times the same of the destinations.
-                scores[:before, columns] += (ends.change[:before].flatten(1) @ gradient.flatten(1).T).double()
+                change = ends.change[:before]
+                if parts is None:
+                    # [sources, pairs · pos · d_model] times the same of the destinations.
+                    scores[:before, columns] += (change.flatten(1) @ gradient.flatten(1).T).double()
+                else:
+                    own = torch.bmm(change.flatten(2).transpose(0, 1), gradient.flatten(2).permute(1, 2, 0))
+                    scores[:before, columns] += own.double().sum(0)
+                    parts[:, :before, columns].index_add_(0, rows % len(parts), own)
+                for i in shown:
+                    end = int(group.last[i]) + 1
+                    total = gradient[:, i, :end].sum(0)
+                    places[:before, batch.start : batch.start + end] += (change[:, i, :end] * total).sum(-1).double()
                 cut[rows] += torch.einsum("bpm,vbpm->b", ends.change[0], gradient).double()
         if progress is not None:
             progress(done + 1, len(groups))
     scores = scores.masked_fill(~layout.edges, 0) / len(pairs)
-    return EdgeScores(layout, scores, clean, corrupt, method, len(points), cut)
+    return EdgeScores(layout, scores, clean, corrupt, method, len(points), cut, parts, places)
+
+
+def _parts(layout: NodeLayout, pairs: int) -> int:
+    """How many groups scores are kept in."""
+    return max(1, min(pairs, PER_PAIR_BYTES // (4 * layout.edges.numel())))
 
 
 class _Ends:
     """Both ends of the path for a group of pairs: what sources write on x and on x′."""
 
-    def __init__(self, model: Model, layout: NodeLayout, group: Pairs) -> None:
+    def __init__(
+        self,
+        model: Model,
+        layout: NodeLayout,
+        group: Pairs,
+        batch: Batch | None = None,
+        metric: Metric | None = None,
+    ) -> None:
         n, layers = len(group), range(layout.n_layers)
         sites = [ENTRY, *(f"{kind}@{layer}" for layer in layers for kind in ("attn_z", "mlp_out"))]
+        tokens = torch.cat([group.clean, group.corrupt])
+        scale = stream_scale(model)
         with torch.inference_mode():
-            logits, seen = model.logits_and_capture(torch.cat([group.clean, group.corrupt]), sites)
-            self.logits = logits[:n], logits[n:]
-            self.entry = seen[ENTRY][:n].clone(), seen[ENTRY][n:].clone()
+            if batch is not None and metric is not None:
+                values, seen = batch.value_and_capture(metric, tokens, sites)
+                self.values = values[:n].double(), values[n:].double()
+            else:
+                logits, seen = model.logits_and_capture(tokens, sites)
+                self.logits = logits[:n], logits[n:]
+            self.entry = seen[ENTRY][:n], seen[ENTRY][n:]
             change = seen[ENTRY].new_empty(len(layout.sources), *seen[ENTRY][:n].shape)
             change[0] = seen[ENTRY][:n] - seen[ENTRY][n:]
             for layer in layers:
                 heads = head_writes(model, layer, seen[f"attn_z@{layer}"], range(layout.n_heads))
                 mlp = mlp_write(model, layer, seen[f"mlp_out@{layer}"])
                 written = change[layout.written_by(layer)]
-                written[:-1] = (heads[:n] - heads[n:]).permute(2, 0, 1, 3)
-                written[-1] = mlp[:n] - mlp[n:]
+                written[:-1] = scale * (heads[:n] - heads[n:]).permute(2, 0, 1, 3)
+                written[-1] = scale * (mlp[:n] - mlp[n:])
         # Outside inference mode, so that autograd may hold it.
         self.change = change.clone()
         self.entry = self.entry[0].clone(), self.entry[1].clone()
@@ -191,6 +278,7 @@ class _Slopes:
         rows: Tensor,
         points: list[tuple[float, float]],
         more: Mapping[str, Edit] | None = None,
+        batch: Batch | None = None,
     ) -> None:
         """``more`` are further edits, made before the gradients at their sites are taken."""
         self.model, self.layout = model, layout
@@ -210,7 +298,11 @@ class _Slopes:
         edits["final"] = self._probe("final")
         tokens = group.clean.repeat(len(points), 1)
         with torch.enable_grad():
-            metric(model.logits(tokens, edits=edits), rows.repeat(len(points))).sum().backward()
+            if batch is None:
+                value = metric(model.logits(tokens, edits=edits), rows.repeat(len(points)))
+            else:
+                value = batch.value(metric, tokens, edits)
+            value.sum().backward()
 
     def by_destination(self):
         """(columns, weighted gradients [columns, pairs, pos, d_model]) of all destinations."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from heredity.interp.model import Model
 
-from .edge_patching import Ablation, mean_written, measure
+from .edge_patching import Ablation, CircuitRunner
 from .layout import LOGITS, NodeLayout
 from .pairs import Metric, Pairs
 
@@ -131,10 +131,10 @@ def faithfulness_curve(
         seed: of the bootstrap.
         progress: called with circuits done and in all.
     """
-    means = mean_written(model, layout, pairs) if ablation == "mean" else None
+    runner = CircuitRunner(model, layout, pairs, metric, ablation)
 
     def run(circuit: Tensor) -> np.ndarray:
-        return measure(model, layout, pairs, metric, circuit, ablation=ablation, means=means).numpy()
+        return runner(circuit).numpy()
 
     whole, nothing = run(layout.edges), run(torch.zeros_like(layout.edges))
     points = []

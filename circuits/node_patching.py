@@ -10,7 +10,8 @@ from heredity.interp.model import Edit, Model
 from .edge_patching import GROUP_TOKENS, written
 from .layout import NodeLayout
 from .pairs import Metric, Pairs
-from .writes import ENTRY, both, head_writes, mlp_write, write_site
+from .prefix import Batch
+from .writes import ENTRY, both, head_writes, mlp_write, stream_scale, write_site
 
 PASS_TOKENS = 512
 """Padded tokens in one forward."""
@@ -29,23 +30,23 @@ def patch_nodes(
     """
     chosen = list(range(len(layout.sources)) if nodes is None else nodes)
     found = torch.zeros(len(chosen), len(pairs), dtype=torch.float64)
-    for rows in pairs.groups(GROUP_TOKENS):
-        group = pairs.of(rows)
-        other = written(model, layout, group.corrupt)
+    for rows in pairs.groups(GROUP_TOKENS, share=True):
+        batch = Batch(model, pairs, rows)
+        clean = batch.pairs.clean
+        other = written(model, layout, batch.pairs.corrupt, batch)
         with torch.inference_mode():
-            base = metric(model.logits(group.clean), rows).double()
-            per_pass = max(1, PASS_TOKENS // group.clean.numel())
+            base = batch.value(metric, clean).double()
+            per_pass = max(1, PASS_TOKENS // clean.numel())
             for first in range(0, len(chosen), per_pass):
-                batch = chosen[first : first + per_pass]
-                logits = model.logits(group.clean.repeat(len(batch), 1), edits=_edits(model, layout, batch, other))
-                values = metric(logits, rows.repeat(len(batch))).double().unflatten(0, (len(batch), len(group)))
-                found[first : first + len(batch), rows] = base - values
+                some = chosen[first : first + per_pass]
+                values = batch.value(metric, clean.repeat(len(some), 1), _edits(model, layout, some, other))
+                found[first : first + len(some), rows] = base - values.double().unflatten(0, (len(some), len(rows)))
     return found
 
 
 def _edits(model: Model, layout: NodeLayout, nodes: list[int], other: Tensor) -> dict[str, Edit]:
     """Exchange ``nodes[i]`` in the i-th of as many copies of the batch."""
-    n = other.shape[1]
+    n, scale = other.shape[1], stream_scale(model)
     edits: dict[str, Edit] = {}
     z: dict[int, Tensor] = {}
     out: dict[int, Tensor] = {}
@@ -62,7 +63,7 @@ def _edits(model: Model, layout: NodeLayout, nodes: list[int], other: Tensor) ->
             stream = stream.clone()
             for copy, node in copies:
                 part = slice(copy * n, (copy + 1) * n)
-                stream[part] += other[node] - own(node, part)
+                stream[part] += other[node] / scale - own(node, part)
             return stream
 
         return edit

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,16 @@ class Metric(Protocol):
     """
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor: ...  # noqa: D102
+
+
+@runtime_checkable
+class AtLast(Protocol):
+    """A metric that looks at each pair's last token only, so that logits need not be computed elsewhere.
+
+    ``logits`` are [batch, d_vocab], those at the last token.
+    """
+
+    def at_last(self, logits: Tensor, rows: Tensor) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -45,14 +56,28 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.clean)
 
-    def groups(self, tokens: int) -> Iterator[Tensor]:
-        """Numbers of pairs, shortest first, in groups of at most ``tokens`` padded tokens (at least one pair)."""
+    @cached_property
+    def first(self) -> Tensor:
+        """Index of the first token in which each pair's prompts differ (of the last token where none does), [N]."""
+        differs = self.clean != self.corrupt
+        return torch.where(differs.any(1), differs.int().argmax(1), self.last).minimum(self.last)
+
+    def groups(self, tokens: int, *, share: bool = False) -> Iterator[Tensor]:
+        """Numbers of pairs, shortest first, in groups of at most ``tokens`` padded tokens (at least one pair).
+
+        With ``share``, tokens before the first that differs in a group count nothing (:mod:`.prefix`).
+        """
+        ends = self.last.tolist()
+        starts = self.first.tolist() if share else [0] * len(self)
         group: list[int] = []
-        for i in self.last.argsort(stable=True).tolist():
-            if group and (int(self.last[i]) + 1) * (len(group) + 1) > tokens:
+        start = 0
+        for i in sorted(range(len(self)), key=lambda i: (ends[i], starts[i])):
+            earliest = min(start, starts[i]) if group else starts[i]
+            if group and (ends[i] + 1 - earliest) * (len(group) + 1) > tokens:
                 yield torch.tensor(group)
-                group = []
+                group, earliest = [], starts[i]
             group.append(i)
+            start = earliest
         if group:
             yield torch.tensor(group)
 
@@ -77,8 +102,12 @@ class LogitDifference:
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
         """[batch]."""
+        return self.at_last(_at_last(logits, self.last, rows), rows)
+
+    def at_last(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """[batch], of logits [batch, d_vocab]."""
         found = []
-        for at, row in zip(_at_last(logits, self.last, rows), rows.tolist(), strict=True):
+        for at, row in zip(logits, rows.tolist(), strict=True):
             found.append(at[list(self.right[row])].mean() - at[list(self.wrong[row])].mean())
         return torch.stack(found)
 
@@ -98,8 +127,12 @@ class ProbabilityDifference:
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
         """[batch]."""
+        return self.at_last(_at_last(logits, self.last, rows), rows)
+
+    def at_last(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """[batch], of logits [batch, d_vocab]."""
         found = []
-        for at, row in zip(_at_last(logits, self.last, rows).softmax(-1), rows.tolist(), strict=True):
+        for at, row in zip(logits.softmax(-1), rows.tolist(), strict=True):
             found.append(at[list(self.right[row])].sum() - at[list(self.wrong[row])].sum())
         return torch.stack(found)
 
@@ -121,10 +154,14 @@ class NegativeKL:
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
         """[batch]."""
-        own = _at_last(logits, self.last, rows).log_softmax(-1)
+        return self.at_last(_at_last(logits, self.last, rows), rows)
+
+    def at_last(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """[batch], of logits [batch, d_vocab]."""
+        own = logits.log_softmax(-1)
         target = self.reference[rows]
         return (target.exp() * (own - target)).sum(-1)
 
 
 def _at_last(logits: Tensor, last: Tensor, rows: Tensor) -> Tensor:
-    return logits[torch.arange(len(rows)), last[rows]].float()
+    return logits[torch.arange(len(rows)), last[rows]]

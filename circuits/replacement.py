@@ -216,7 +216,9 @@ def freeze(model: Model, tokens: Tensor, *, mlps: Sequence[int] = (), on_disk: b
     readers |= {f"blocks.{i}.attn.hook_pattern": patterns[i].copy_ for i in range(n_layers)}
     with recording(model, readers):
         # The logits of all positions of a long prompt may be larger than all the rest.
-        logits, at = model.logits_and_capture(tokens[None], list(dict.fromkeys(sites)), last_only=True)
+        logits, at = model.logits_and_capture(
+            tokens[None], list(dict.fromkeys(sites)), positions=tokens.new_tensor([n - 1])
+        )
     value = {name: tensor[0] for name, tensor in at.items()}
     del at
     entry, end, last = value[ENTRY], value["final"], seen["unembed.hook_in"]

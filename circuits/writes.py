@@ -59,6 +59,11 @@ def write_site(model: Model, layer: int, kind: str) -> str:
     return f"{'resid_mid' if kind == 'head' else 'resid_post'}@{layer}"
 
 
+def stream_scale(model: Model) -> float:
+    """What every write is multiplied by where it enters the stream: 1, but for Granite."""
+    return float(getattr(model.bridge.original_model.config, "residual_multiplier", 1.0))
+
+
 def both(first: Edit, second: Edit) -> Edit:
     """``second`` after ``first``."""
     return lambda value: second(first(value))
@@ -78,8 +83,7 @@ def check_additive(model: Model) -> None:
         for layer in layers:
             before, z, out, after = (seen[f"{kind}@{layer}"] for kind in kinds)
             writes = head_writes(model, layer, z, range(model.shape.n_heads)).sum(2) + mlp_write(model, layer, out)
-            multiplier = getattr(model.bridge.original_model.config, "residual_multiplier", 1.0)  # Granite
-            missing = (after - before - multiplier * writes).norm() / after.norm()
+            missing = (after - before - stream_scale(model) * writes).norm() / after.norm()
             if not missing < 1e-3:
                 raise ModelError(
                     f"layer {layer} of this {model.shape.architecture} adds more to the residual stream than the "

@@ -79,16 +79,29 @@ class Model:
 
     # --- running ---
 
-    def logits(self, tokens: Tensor, *, edits: Mapping[str, Edit] | None = None) -> Tensor:
+    def logits(
+        self,
+        tokens: Tensor,
+        *,
+        edits: Mapping[str, Edit] | None = None,
+        past: Any = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Next-token logits [batch, pos, d_vocab] with ``edits`` applied at their sites.
 
         Gradients flow where the caller has enabled them.
+
+        Args:
+            tokens: int64 [batch, pos].
+            edits: by site.
+            past: a key-value cache of the tokens before; it grows by this forward.
+            positions: int64 [n], the only positions to read logits at; the result is [batch, n, d_vocab].
         """
         with self._hooked(edits or {}):
-            return self.bridge.original_model(tokens, use_cache=False).logits
+            return self._forward(tokens, past, positions)
 
     def capture(
-        self, tokens: Tensor, sites: Sequence[str], *, edits: Mapping[str, Edit] | None = None
+        self, tokens: Tensor, sites: Sequence[str], *, edits: Mapping[str, Edit] | None = None, past: Any = None
     ) -> dict[str, Tensor]:
         """Values at ``sites`` (shapes in :mod:`.sites`); the forward stops after the last one needed.
 
@@ -97,7 +110,7 @@ class Model:
         """
         seen: dict[str, Tensor] = {}
         with self._hooked(edits or {}, sites, seen, stop=True), suppress(_EnoughSeen):
-            self.bridge.original_model(tokens, use_cache=False)
+            self.bridge.original_model(tokens, past_key_values=past, use_cache=past is not None)
         return self._taken(sites, seen)
 
     def logits_and_capture(
@@ -106,12 +119,13 @@ class Model:
         sites: Sequence[str],
         *,
         edits: Mapping[str, Edit] | None = None,
-        last_only: bool = False,
+        past: Any = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both of the above in one forward; logits of the last position only, [batch, 1, d_vocab], if ``last_only``."""
+        """Both of the above in one forward."""
         seen: dict[str, Tensor] = {}
         with self._hooked(edits or {}, sites, seen):
-            logits = self.bridge.original_model(tokens, use_cache=False, logits_to_keep=int(last_only)).logits
+            logits = self._forward(tokens, past, positions)
         return logits, self._taken(sites, seen)
 
     def step(self, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]:
@@ -122,6 +136,10 @@ class Model:
         out = self.bridge.original_model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values
 
+    def _forward(self, tokens: Tensor, past: Any, positions: Tensor | None) -> Tensor:
+        kept = {} if positions is None else {"logits_to_keep": positions}
+        return self.bridge.original_model(tokens, past_key_values=past, use_cache=past is not None, **kept).logits
+
     # --- sites ---
 
     def site(self, name: str) -> Site:
@@ -130,8 +148,11 @@ class Model:
         Raises:
             SiteError: it has none of that name.
         """
+        return self._site(name, self.bridge.hook_dict)
+
+    def _site(self, name: str, hooks: Mapping[str, Any]) -> Site:
         site = parse_site(name)
-        known = site is not None and site.hook in self.bridge.hook_dict
+        known = site is not None and site.hook in hooks
         if site is None or not known or (site.head is not None and site.head >= self.shape.n_heads):
             raise SiteError(
                 f"no site {name!r} in this {self.shape.architecture}",
@@ -189,13 +210,14 @@ class Model:
         added: dict[str, Tensor] = {}
         # Edits go in before readers, so that a captured value is the edited one; and what an edit must add further
         # down the block goes in before the edits made there.
-        hooks = [pair for name, edit in edits.items() for pair in self._second_half(self.site(name), added)]
-        hooks += [
-            (self.site(name).hook, self._first_half(self.site(name), edit, added)) for name, edit in edits.items()
-        ]
+        known = self.bridge.hook_dict  # collected anew from all modules at every access
+        edited = [(self._site(name, known), edit) for name, edit in edits.items()]
+        hooks = [pair for site, edit in edited for pair in self._second_half(site, added)]
+        hooks += [(site.hook, self._first_half(site, edit, added)) for site, edit in edited]
         seen = {} if seen is None else seen
-        hooks += [(self.site(name).hook, self._reader(self.site(name), added, seen, reads, stop)) for name in reads]
-        points = {hook: self.bridge.hook_dict[hook] for hook, _ in hooks}
+        read = [self._site(name, known) for name in reads]
+        hooks += [(site.hook, self._reader(site, added, seen, reads, stop)) for site in read]
+        points = {hook: known[hook] for hook, _ in hooks}
         level = next(_levels)
         try:
             for hook, function in hooks:
