@@ -149,7 +149,7 @@ def path(method: Method, steps: int) -> list[tuple[float, float]]:
 
 
 def complete(model: Model, pairs: Pairs, metric: Metric, steps: int, tolerance: float) -> bool:
-    """Whether ``steps`` gradients of ``eap-ig`` bring the input cut within ``tolerance`` of m(x) − m(x′) on a few pairs.
+    """Whether ``steps`` gradients bring the input cut within ``tolerance`` of m(x) − m(x′) on a few pairs.
 
     Only gradients at the embedding are computed.
     """

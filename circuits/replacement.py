@@ -217,7 +217,7 @@ def freeze(model: Model, tokens: Tensor, *, mlps: Sequence[int] = (), on_disk: b
     with recording(model, readers):
         # The logits of all positions of a long prompt may be larger than all the rest.
         logits, at = model.logits_and_capture(
-            tokens[None], list(dict.fromkeys(sites)), positions=tokens.new_tensor([n - 1])
+            tokens[None], list(dict.fromkeys(sites)), positions=tokens.new_tensor([len(tokens) - 1])
         )
     value = {name: tensor[0] for name, tensor in at.items()}
     del at

@@ -97,8 +97,8 @@ def test_a_norm_the_model_does_not_use_is_noticed(
     """What a norm returned is compared with what its recorded input gives: a value changed on the way is seen."""
     kept = model.logits_and_capture
 
-    def shifted(self: Model, tokens: Tensor, sites: Any, last_only: bool) -> Any:
-        logits, at = kept(tokens, sites, last_only=last_only)
+    def shifted(self: Model, tokens: Tensor, sites: Any, positions: Tensor) -> Any:
+        logits, at = kept(tokens, sites, positions=positions)
         return logits, {**at, "mlp_in@1": at["mlp_in@1"] + 0.1 * at["mlp_in@1"].roll(1, -1)}
 
     monkeypatch.setattr(Model, "logits_and_capture", shifted)

@@ -137,10 +137,10 @@ def test_an_edit_changes_its_site_and_what_follows(both: tuple[Model, Any], toke
     assert torch.equal(model.logits(tokens), plain), "an edit outlived its forward"
 
 
-def test_logits_of_the_last_position_only(both: tuple[Model, Any], tokens: Tensor) -> None:
+def test_logits_of_some_positions_only(both: tuple[Model, Any], tokens: Tensor) -> None:
     model, _ = both
     whole, seen = model.logits_and_capture(tokens, ["final"])
-    last, same = model.logits_and_capture(tokens, ["final"], last_only=True)
+    last, same = model.logits_and_capture(tokens, ["final"], positions=torch.tensor([tokens.shape[1] - 1]))
     torch.testing.assert_close(last, whole[:, -1:])
     assert torch.equal(seen["final"], same["final"])
 
