@@ -174,6 +174,8 @@ def _fitting(values: Tensor, store: Store, site: str) -> Tensor:
 
 def _shape(model: Model, name: str) -> list[int]:
     site = model.site(name)
+    if site.kind == "mlp_post":
+        return [len(model.neuron_weights(site.layer or 0)[0])]
     heads = {"attn_q": model.shape.n_heads, "attn_z": model.shape.n_heads}
     heads |= {"attn_k": model.shape.n_kv_heads, "attn_v": model.shape.n_kv_heads}
     return [heads[site.kind], model.shape.d_head] if site.kind in heads else [model.shape.d_model]

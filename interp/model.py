@@ -158,7 +158,7 @@ class Model:
                 f"no site {name!r} in this {self.shape.architecture}",
                 where=self.spec,
                 remedy=f"Use one of: embed, final, resid_pre@L, resid_mid@L, resid_post@L, attn_out@L, attn_q@L, "
-                f"attn_k@L, attn_v@L, attn_z@L, attn_head@L.H, mlp_in@L, mlp_out@L "
+                f"attn_k@L, attn_v@L, attn_z@L, attn_head@L.H, mlp_in@L, mlp_post@L, mlp_out@L "
                 f"with L < {self.shape.n_layers}, H < {self.shape.n_heads}.",
             )
         return site
@@ -169,6 +169,17 @@ class Model:
         weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
         bias = projection.bias if projection.bias is not None else weight.new_zeros(weight.shape[1])
         return weight.reshape(self.shape.n_heads, self.shape.d_head, -1), bias
+
+    def neuron_weights(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Last projection of a layer's MLP, [d_mlp, d_model], and its bias [d_model] (zeros if none).
+
+        Raises:
+            SiteError: the MLP has no neurons of its own (``mlp_post@L``).
+        """
+        self.site(f"mlp_post@{layer}")
+        projection = self.bridge.blocks[layer].mlp.out.original_component
+        weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
+        return weight, projection.bias if projection.bias is not None else weight.new_zeros(weight.shape[1])
 
     # --- text ---
 

@@ -3,8 +3,8 @@
 ``embed`` · ``final`` (input of the last norm) · ``resid_pre@L`` · ``resid_mid@L`` · ``resid_post@L`` ·
 ``attn_out@L`` · ``attn_q@L``, ``attn_k@L``, ``attn_v@L`` (what the projections return, before rotation,
 [batch, pos, head, d_head]; keys and values have a row per key-value head) · ``attn_z@L`` (head values before the output
-projection, [batch, pos, head, d_head]) · ``mlp_in@L`` · ``mlp_out@L`` · ``attn_head@L.H`` (one head's write to the
-residual stream).
+projection, [batch, pos, head, d_head]) · ``mlp_in@L`` · ``mlp_post@L`` (the MLP's neurons: what its last projection
+reads, [batch, pos, d_mlp]) · ``mlp_out@L`` · ``attn_head@L.H`` (one head's write to the residual stream).
 Unless said otherwise a site's value is [batch, pos, d_model].
 
 ``embed`` is the token embedding alone: learned positions (GPT-2) and Gemma's scaling come after it, before
@@ -27,10 +27,14 @@ _HOOKS = {
     "attn_v": "blocks.{layer}.attn.v.hook_out",
     "attn_z": "blocks.{layer}.attn.o.hook_in",
     "mlp_in": "blocks.{layer}.mlp.hook_in",
+    "mlp_post": "blocks.{layer}.mlp.out.hook_in",
     "mlp_out": "blocks.{layer}.mlp.hook_out",
     "attn_head": "blocks.{layer}.attn.o.hook_in",
 }
 _GLOBAL = ("embed", "final")
+_IN_A_BLOCK: tuple[str, ...] = tuple(
+    "resid_pre attn_q attn_k attn_v attn_z attn_head attn_out resid_mid mlp_in mlp_post mlp_out resid_post".split()
+)
 _PATTERN = re.compile(r"(?P<kind>[a-z_]+)(?:@(?P<layer>0|[1-9][0-9]{0,8})(?:\.(?P<head>0|[1-9][0-9]{0,8}))?)?")
 
 
@@ -62,3 +66,12 @@ def parse_site(name: str) -> Site | None:
     if (kind in _GLOBAL) != (layer is None) or (kind == "attn_head") != (head is not None):
         return None
     return Site(kind, None if layer is None else int(layer), None if head is None else int(head))
+
+
+def order(name: str) -> tuple[int, int, int]:
+    """Where in the forward the site called ``name`` stands: a key to sort by."""
+    site = parse_site(name)
+    assert site is not None, name
+    if site.layer is None:
+        return (-1 if site.kind == "embed" else 2**31), 0, 0
+    return site.layer, _IN_A_BLOCK.index(site.kind), site.head or 0

@@ -25,14 +25,10 @@ from heredity.kernels import BatchTopK, FeatureCSR, decode
 
 from ..errors import DictionaryError
 from ..model import Edit, Model
-from ..sites import parse_site
+from ..sites import order, parse_site
 from .record import Dictionary, DictionarySet, Port
 
 FeatureEdit = Callable[[FeatureCSR], FeatureCSR]
-
-_IN_A_BLOCK: tuple[str, ...] = tuple(
-    "resid_pre attn_q attn_k attn_v attn_z attn_head attn_out resid_mid mlp_in mlp_out resid_post".split()
-)
 
 
 def splice(
@@ -66,7 +62,7 @@ def splice(
             tokens or latents.
     """
     spliced = _Splice(dictionary, edit, keep_error, side, dict(given or {}), errors)
-    return {site: spliced.at(site) for site in sorted(spliced.sites, key=_order)}
+    return {site: spliced.at(site) for site in sorted(spliced.sites, key=order)}
 
 
 @torch.no_grad()
@@ -84,8 +80,8 @@ def clean_errors(
     """
     found: dict[str, Tensor] = {}
     spliced = _Splice(dictionary, None, True, side, dict(given or {}), None, found)
-    edits = {site: spliced.at(site) for site in sorted(spliced.sites, key=_order)}
-    model.capture(tokens, [max(spliced.sites, key=_order)], edits=edits)
+    edits = {site: spliced.at(site) for site in sorted(spliced.sites, key=order)}
+    model.capture(tokens, [max(spliced.sites, key=order)], edits=edits)
     return found
 
 
@@ -190,11 +186,11 @@ class _Splice:
         """The edit at one site."""
         here = Port(site, self.side)
         ready = [i for i, layer in enumerate(self.layers) if self._last_read(layer) == site]
-        first = min(self.sites, key=_order) == site
+        first = min(self.sites, key=order) == site
         # Dictionaries whose reads were all given are encoded as soon as this forward gets anywhere.
         ready += [i for i, layer in enumerate(self.layers) if first and self._last_read(layer) is None]
         writers = [(i, layer.writes.index(here)) for i, layer in enumerate(self.layers) if here in layer.writes]
-        done = [i for i, _ in writers if max(self._own_writes(self.layers[i]), key=_order) == site]
+        done = [i for i, _ in writers if max(self._own_writes(self.layers[i]), key=order) == site]
 
         def edited(value: Tensor) -> Tensor:
             self.seen[here] = value
@@ -203,7 +199,7 @@ class _Splice:
             out = self._write(site, value, writers) if writers else value
             for i in done:
                 del self.active[i]
-            if site == max(self.sites, key=_order):
+            if site == max(self.sites, key=order):
                 self.seen.clear()
             return out
 
@@ -277,8 +273,8 @@ class _Splice:
             fault = f"it also reads {elsewhere[0].site} of model {elsewhere[0].model}"
             remedy = "Give that model's activations for the same tokens."
         else:
-            reads, first = self._own_reads(layer), min(self._own_writes(layer), key=_order)
-            late = [port.site for port in reads if _order(port.site) > _order(first)]
+            reads, first = self._own_reads(layer), min(self._own_writes(layer), key=order)
+            late = [port.site for port in reads if order(port.site) > order(first)]
             if not late:
                 return
             fault = f"it writes {first} before the forward has come to {late[0]}, which it reads"
@@ -292,7 +288,7 @@ class _Splice:
         return [port.site for port in layer.writes if port.model == self.side]
 
     def _last_read(self, layer: Dictionary) -> str | None:
-        return max((port.site for port in self._own_reads(layer)), key=_order, default=None)
+        return max((port.site for port in self._own_reads(layer)), key=order, default=None)
 
 
 def _decoded(layer: Dictionary, j: int, features: FeatureCSR, x: tuple[Tensor, ...]) -> Tensor:
@@ -301,12 +297,3 @@ def _decoded(layer: Dictionary, j: int, features: FeatureCSR, x: tuple[Tensor, .
         return layer.decode(features, *x)[0]
     # Neither scaling nor a skip connection goes with several places.
     return decode(features, layer.W_dec[j], layer.b_dec[j])
-
-
-def _order(name: str) -> tuple[int, int, int]:
-    """Where in the forward a site stands."""
-    site = parse_site(name)
-    assert site is not None, name
-    if site.layer is None:
-        return (-1 if site.kind == "embed" else 2**31), 0, 0
-    return site.layer, _IN_A_BLOCK.index(site.kind), site.head or 0

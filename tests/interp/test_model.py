@@ -121,7 +121,8 @@ def test_head_writes_sum_to_the_attention_output(both: tuple[Model, Any], tokens
 
 
 @pytest.mark.parametrize(
-    "site", ["embed", "final", "resid_pre@1", "resid_post@1", "attn_out@1", "attn_z@1", "mlp_in@1", "mlp_out@1"]
+    "site",
+    ["embed", "final", "resid_pre@1", "resid_post@1", "attn_out@1", "attn_z@1", "mlp_in@1", "mlp_post@1", "mlp_out@1"],
 )
 def test_an_edit_changes_its_site_and_what_follows(both: tuple[Model, Any], tokens: Tensor, site: str) -> None:
     model, _ = both
@@ -297,3 +298,10 @@ def test_spans_are_the_words_of_the_text(tiny_model: Model) -> None:
     encoded = tiny_model.encode(text)
     assert [text[a:b] for a, b in encoded.spans] == text.split()
     assert tiny_model.decode(encoded.ids) == text
+
+
+def test_neurons_make_what_the_mlp_returns(both: tuple[Model, Any], tokens: Tensor) -> None:
+    model, _ = both
+    seen = model.capture(tokens, ["mlp_post@1", "mlp_out@1"])
+    weight, bias = model.neuron_weights(1)
+    torch.testing.assert_close(seen["mlp_post@1"] @ weight + bias, seen["mlp_out@1"], atol=2e-5, rtol=1e-5)
