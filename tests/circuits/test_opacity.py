@@ -1,0 +1,313 @@
+"""Opacity on nets whose units are known: exact values, brute force, invariances, refusal (design §4)."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from heredity.circuits.opacity import opacity
+from heredity.circuits.opacity_estimate import Opacity, Refused, estimate
+from heredity.circuits.opacity_parts import DictionaryPart
+from heredity.circuits.opacity_split import Split
+from heredity.circuits.pairs import Pairs
+
+
+def _nets() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "planted_nets.py"
+    spec = importlib.util.spec_from_file_location("planted_nets", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def nets() -> ModuleType:
+    return _nets()
+
+
+# --- two parts: exact values ---
+
+
+def table(v: Any, n: int = 40, noise: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+    """Outcomes of a function of (explained, unexplained), the same for every prompt but for noise in its size."""
+    size = 1 + noise * np.random.default_rng(seed).standard_normal(n)
+    return {f"{e}{u}": size * v(float(e), float(u)) for e in (0, 1) for u in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("v", "needed", "alone"),
+    [
+        (lambda e, u: 0.7 * e + 0.3 * u, 0.3, 0.3),
+        (lambda e, u: 2 * e - u, -1.0, -1.0),
+        (lambda e, u: e * u, 1.0, 0.0),
+        (max, 0.0, 1.0),
+        (lambda e, u: np.tanh(2.2 * (e + u)), 1 - np.tanh(2.2) / np.tanh(4.4), np.tanh(2.2) / np.tanh(4.4)),
+    ],
+    ids=["additive", "cancel", "and", "or", "saturating"],
+)
+def test_two_parts(v: Any, needed: float, alone: float) -> None:
+    found = estimate(table(v, noise=0.2))
+    assert isinstance(found, Opacity)
+    assert found.needed.estimate == pytest.approx(needed)
+    assert found.alone.estimate == pytest.approx(alone)
+    assert found.omega.estimate == pytest.approx((needed + alone) / 2)
+    assert found.interaction.estimate == pytest.approx(needed - alone)
+    # Every prompt has the same shares, so a ratio of means does not vary.
+    assert found.omega.high - found.omega.low < 1e-9
+
+
+def test_opposing_parts_are_said_to_oppose() -> None:
+    found = estimate(table(lambda e, u: 2 * e - u, noise=0.1))
+    assert isinstance(found, Opacity)
+    assert found.omega.high < 0 and "oppose" in str(found)
+
+
+def test_and_and_or_are_told_apart_where_the_share_is_the_same() -> None:
+    both, either = estimate(table(lambda e, u: e * u)), estimate(table(max))
+    assert isinstance(both, Opacity) and isinstance(either, Opacity)
+    assert both.omega.estimate == either.omega.estimate == 0.5
+    assert "act together" in str(both) and "stand in for each other" in str(either)
+
+
+def test_a_ratio_of_means_not_a_mean_of_ratios() -> None:
+    """One prompt without an effect would make a mean of ratios anything."""
+    outcomes = table(lambda e, u: 0.7 * e + 0.3 * u)
+    for key, value in zip(outcomes, (0.0, 5.0, 0.0, 1e-9), strict=True):
+        outcomes[key][0] = value
+    found = estimate(outcomes)
+    assert isinstance(found, Opacity) and abs(found.alone.estimate - (39 * 0.3 + 5) / 39) < 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 29])
+def test_too_few_prompts_are_refused(n: int) -> None:
+    found = estimate(table(lambda e, u: e, n=n))
+    assert isinstance(found, Refused) and f"{n} prompts" in found.reason
+
+
+def test_an_effect_that_is_not_told_from_0_is_refused() -> None:
+    noise = np.random.default_rng(0).standard_normal(50)
+    found = estimate({"11": noise, "10": noise / 2, "01": noise / 2, "00": np.zeros(50)})
+    assert isinstance(found, Refused) and "not told from 0" in found.reason
+    assert found.effect is not None and found.effect.low < 0 < found.effect.high
+
+
+def test_a_metric_that_is_not_finite_is_refused() -> None:
+    outcomes = table(lambda e, u: e)
+    outcomes["10"][3] = np.nan
+    found = estimate(outcomes)
+    assert isinstance(found, Refused) and "finite" in found.reason
+
+
+def test_intervals_cover_what_varies_over_prompts() -> None:
+    """The share of a random half of the prompts, for the nominal 95 % of samples."""
+    rng, covered = np.random.default_rng(1), 0
+    for trial in range(60):
+        opaque = rng.random(60) < 0.4
+        v = {"11": np.ones(60), "10": 1.0 - opaque, "01": 1.0 * opaque, "00": np.zeros(60)}
+        found = estimate(v, seed=trial)
+        assert isinstance(found, Opacity)
+        covered += found.omega.low <= 0.4 <= found.omega.high
+    assert covered >= 52
+
+
+# --- nets whose units are known ---
+
+
+def split_of(nets: ModuleType, net: Any, q: list[Tensor]) -> Split:
+    return Split(tuple(DictionaryPart(nets.exact(net, layer), each) for layer, each in enumerate(q)))
+
+
+def drawn_q(p: float, seed: int, shape: tuple[int, int] = (4, 32)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list((torch.rand(*shape, generator=generator) >= p).double())
+
+
+def measured(nets: ModuleType, net: Any, split: Split, seed: int = 0, **options: Any) -> Opacity:
+    pairs = nets.prompts(net, 40, seed)
+    found = opacity(net, pairs, nets.difference, split, **{"routing": False, "controls": 0, **options})
+    assert isinstance(found, Opacity), found
+    return found
+
+
+def brute_force(net: Any, pairs: Pairs, q: Any, which: Any = None) -> tuple[float, float]:
+    """(1 − f(1, 0), f(0, 1)) by plain loops over layers: units in the unexplained part are clamped one by one."""
+    read = net.readout[:, 0] - net.readout[:, 1]
+
+    def run(tokens: Tensor, clamp: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        x, hidden = net.embedding[tokens[:, 0]], []
+        for layer in range(net.n_layers):
+            a = torch.relu(x @ net.W[layer] + net.b[layer])
+            hidden.append(a)
+            if clamp is not None:
+                a = q[layer] * a + (1 - q[layer]) * clamp[layer]
+            x = x + a @ net.out[layer]
+        return x @ read, hidden
+
+    (v11, h1), (v00, h0) = run(pairs.clean), run(pairs.corrupt)
+    v10, v01 = run(pairs.clean, h0)[0], run(pairs.corrupt, h1)[0]
+    gap = (v11 - v00).sum()
+    return float((v11 - v10).sum() / gap), float((v01 - v00).sum() / gap)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_opacity_is_that_of_brute_force(nets: ModuleType, seed: int, soft: bool) -> None:
+    net = nets.planted(seed)
+    q = drawn_q(0.4, seed)
+    if soft:
+        q = [torch.rand(32, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64) for i in range(4)]
+    needed, alone = brute_force(net, nets.prompts(net, 40, seed), q)
+    found = measured(nets, net, split_of(nets, net, q), seed)
+    assert found.needed.estimate == pytest.approx(needed, abs=1e-10)
+    assert found.alone.estimate == pytest.approx(alone, abs=1e-10)
+
+
+def test_all_explained_and_no_error_is_0(nets: ModuleType) -> None:
+    net = nets.planted(0)
+    found = measured(nets, net, split_of(nets, net, drawn_q(0.0, 0)))
+    assert max(abs(found.omega.low), abs(found.omega.high), abs(found.interaction.estimate)) < 1e-12
+
+
+def test_nothing_explained_is_all_but_the_direct_path(nets: ModuleType) -> None:
+    """What remains is the share of the token's embedding read out directly, which no unit carries."""
+    net = nets.planted(1)
+    pairs = nets.prompts(net, 40, 1)
+    change = (net.embedding[pairs.clean[:, 0]] - net.embedding[pairs.corrupt[:, 0]]) @ net.readout
+    direct = float((change[:, 0] - change[:, 1]).sum())
+    found = measured(nets, net, split_of(nets, net, drawn_q(1.0, 0)), 1)
+    total = found.effect.estimate * found.n
+    assert found.needed.estimate == pytest.approx(1 - direct / total, abs=1e-10)
+    assert found.alone.estimate == pytest.approx(1 - direct / total, abs=1e-10)
+    whole = Split((), tuple(f"mlp_out@{layer}" for layer in range(4)))
+    assert measured(nets, net, whole, 1).omega.estimate == pytest.approx(1 - direct / total, abs=1e-10)
+
+
+def test_what_a_dictionary_lacks_is_as_opaque_as_what_it_does_not_explain(nets: ModuleType) -> None:
+    """Withheld units become the error node, which carries what they carried."""
+    net, q = nets.planted(2), drawn_q(0.3, 2)
+    parts = []
+    for layer, each in enumerate(q):
+        kept = each.nonzero()[:, 0]
+        parts.append(DictionaryPart(nets.exact(net, layer, kept), torch.ones(len(kept), dtype=torch.float64)))
+    withheld = measured(nets, net, Split(tuple(parts)), 2)
+    assert withheld.omega.estimate == pytest.approx(measured(nets, net, split_of(nets, net, q), 2).omega.estimate)
+
+
+def test_units_of_one_layer_only_leave_the_others_live(nets: ModuleType) -> None:
+    net, q = nets.planted(3), drawn_q(0.5, 3)
+    one = Split((DictionaryPart(nets.exact(net, 2), q[2]),))
+    full = [torch.ones(32, dtype=torch.float64)] * 4
+    full[2] = q[2]
+    needed, alone = brute_force(net, nets.prompts(net, 40, 3), full)
+    found = measured(nets, net, one, 3)
+    assert (found.needed.estimate, found.alone.estimate) == pytest.approx((needed, alone), abs=1e-10)
+
+
+# --- invariance ---
+
+
+def rebuilt(d: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Any:
+    from dataclasses import replace
+
+    return replace(d, W_enc=(W_enc,), b_enc=b_enc, W_dec=(W_dec,))
+
+
+def halves(d: Any) -> tuple[Any, Tensor]:
+    """Every unit twice, writing 0.3 and 0.7 of what it wrote."""
+    twice = torch.arange(d.n_latents).repeat_interleave(2)
+    share = torch.tensor([0.3, 0.7], dtype=torch.float64).repeat(d.n_latents)[:, None]
+    return rebuilt(d, d.W_enc[0][:, twice], d.b_enc[twice], d.W_dec[0][twice] * share), twice
+
+
+def opposed(d: Any) -> tuple[Any, Tensor]:
+    """Every unit twice, writing 3 and −2 times what it wrote: shares of absolute flow change, Ω must not."""
+    new, twice = halves(d)
+    factor = torch.tensor([3.0, -2.0], dtype=torch.float64).repeat(d.n_latents)[:, None]
+    return rebuilt(new, new.W_enc[0], new.b_enc, d.W_dec[0][twice] * factor), twice
+
+
+def rescaled(d: Any) -> tuple[Any, Tensor]:
+    """Louder decoders, quieter encoders."""
+    size = torch.linspace(0.2, 5, d.n_latents, dtype=torch.float64)
+    new = rebuilt(d, d.W_enc[0] / size, d.b_enc / size, d.W_dec[0] * size[:, None])
+    return new, torch.arange(d.n_latents)
+
+
+def reordered(d: Any) -> tuple[Any, Tensor]:
+    order = torch.randperm(d.n_latents, generator=torch.Generator().manual_seed(0))
+    return rebuilt(d, d.W_enc[0][:, order], d.b_enc[order], d.W_dec[0][order]), order
+
+
+@pytest.mark.parametrize("change", [halves, opposed, rescaled, reordered])
+def test_how_a_dictionary_is_written_down_does_not_matter(nets: ModuleType, change: Any) -> None:
+    net, q = nets.planted(4), drawn_q(0.4, 4)
+    parts = []
+    for layer, each in enumerate(q):
+        d, origin = change(nets.exact(net, layer))
+        parts.append(DictionaryPart(d, each[origin]))
+    same = measured(nets, net, Split(tuple(parts)), 4)
+    plain = measured(nets, net, split_of(nets, net, q), 4)
+    for name in ("omega", "needed", "alone", "interaction"):
+        assert getattr(same, name).estimate == pytest.approx(getattr(plain, name).estimate, abs=1e-9)
+
+
+def test_turning_the_error_within_its_span_changes_nothing(nets: ModuleType) -> None:
+    """The error written out as unexplained linear units, in two bases of its span, is the error."""
+    net, q = nets.planted(5), drawn_q(0.4, 5)
+    plain = measured(nets, net, split_of(nets, net, q), 5).omega.estimate
+    width = net.readout.shape[0]
+    for seed in (0, 1):
+        basis = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed)).double()).Q
+        parts = []
+        for layer, each in enumerate(q):
+            d = nets.exact(net, layer, each.nonzero()[:, 0])
+            # Two linear units a direction (x and −x), both unexplained: together they pass on ± any part of the input.
+            W_enc = torch.cat([d.W_enc[0], basis, -basis], 1)
+            b_enc = torch.cat([d.b_enc, torch.zeros(2 * width, dtype=torch.float64)])
+            W_dec = torch.cat([d.W_dec[0], basis.T, -basis.T])
+            known = torch.cat([torch.ones(d.n_latents), torch.zeros(2 * width)]).double()
+            parts.append(DictionaryPart(rebuilt(d, W_enc, b_enc, W_dec), known))
+        assert measured(nets, net, Split(tuple(parts)), 5).omega.estimate == pytest.approx(plain, abs=1e-9)
+
+
+# --- nulls ---
+
+
+def test_random_directions_explain_next_to_nothing(nets: ModuleType) -> None:
+    """Labels found on directions that have nothing to do with the units have q = 0, and Ω is that of nothing explained;
+    were they believed, it would still be so on average."""
+    shift = []
+    for seed in range(16):
+        net, generator = nets.planted(seed), torch.Generator().manual_seed(seed)
+        parts = []
+        for layer in range(4):
+            d = nets.exact(net, layer)
+            W_enc, W_dec = torch.randn(16, 32, generator=generator), torch.randn(32, 16, generator=generator)
+            random = rebuilt(d, W_enc.double() / 4, d.b_enc, W_dec.double() / 8)
+            parts.append(DictionaryPart(random, torch.zeros(32, dtype=torch.float64)))
+        nothing = measured(nets, net, split_of(nets, net, drawn_q(1.0, 0)), seed).omega.estimate
+        random = Split(tuple(parts))
+        assert measured(nets, net, random, seed).omega.estimate == pytest.approx(nothing, abs=1e-9)
+        believed = random.with_q([torch.ones_like(q) for q in random.q])
+        shift.append(measured(nets, net, believed, seed).omega.estimate - nothing)
+    assert abs(np.mean(shift)) < 0.1
+
+
+def test_permuted_explanations_lose_what_the_right_ones_found(nets: ModuleType) -> None:
+    """A behaviour carried by few units: explaining them clears it, explaining as many others does not."""
+    net = nets.planted(6)
+    live = torch.zeros(4, 32, dtype=torch.float64)
+    live[:, :4] = 1
+    net.out.mul_(live[..., None] * 3)
+    right = list(live)
+    split = split_of(nets, net, right)
+    assert measured(nets, net, split, 6).omega.estimate == pytest.approx(0, abs=1e-9)
+    nothing = measured(nets, net, split.unexplained(), 6).omega.estimate
+    permuted = [measured(nets, net, split.permuted(seed), 6).omega.estimate for seed in range(10)]
+    assert np.mean(permuted) > 0.7 * nothing > 0.2
