@@ -121,22 +121,15 @@ def estimate(
     n = len(every[0])
     if any(len(v) != n for v in every):
         raise ValueError("outcomes must be of the same prompts")
-    if n < fewest:
-        return Refused(f"{n} prompts are too few: shares of single prompts vary by about half, {fewest} are needed", n)
     if not all(np.isfinite(v).all() for v in every):
         return Refused("the metric was not finite in some run", n)
+    gap = draws[0]["11"] - draws[0]["00"]
+    effect = effect_of(gap, fewest=fewest, seed=seed)
+    if isinstance(effect, Refused):
+        return effect
     rng = np.random.default_rng(seed)
     rows = rng.integers(n, size=(BOOTSTRAPS, n))
     which = rng.integers(len(draws), size=BOOTSTRAPS)
-    gap = draws[0]["11"] - draws[0]["00"]
-    effect = _interval(float(gap.mean()), gap[rows].mean(1))
-    if effect.low <= 0 <= effect.high:
-        return Refused(
-            f"the effect it would be a share of, {effect.estimate:.3g}, is not told from 0 "
-            f"([{effect.low:.3g}; {effect.high:.3g}])",
-            n,
-            effect,
-        )
 
     def share(above: Sequence[np.ndarray]) -> Interval:
         stacked = np.stack(above) if len(above) > 1 else above[0][None]
@@ -159,6 +152,25 @@ def estimate(
         control=None if mean_control is None else of([mean_control], 0.5, 0.5),
         buckets=None if routed is None else _buckets(routed, share),
     )
+
+
+def effect_of(gap: np.ndarray, *, fewest: int = FEWEST, seed: int = 0) -> Interval | Refused:
+    """The mean effect over prompts [N] that shares are to be of, refused where there can be none."""
+    n = len(gap)
+    if n < fewest:
+        return Refused(f"{n} prompts are too few: shares of single prompts vary by about half, {fewest} are needed", n)
+    if not np.isfinite(gap).all():
+        return Refused("the metric was not finite in some run", n)
+    draws = np.random.default_rng(seed).integers(n, size=(BOOTSTRAPS, n))
+    effect = _interval(float(gap.mean()), gap[draws].mean(1))
+    if effect.low <= 0 <= effect.high:
+        return Refused(
+            f"the effect it would be a share of, {effect.estimate:.3g}, is not told from 0 "
+            f"([{effect.low:.3g}; {effect.high:.3g}])",
+            n,
+            effect,
+        )
+    return effect
 
 
 def _buckets(v: Mapping[str, np.ndarray], share) -> Buckets:

@@ -1,8 +1,7 @@
 """Attention patterns recorded in one forward and held in another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,30 @@ Patterns = dict[int, Tensor]
 
 
 @contextmanager
+def each_pattern(model: Model, rewrite: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Let ``rewrite`` give the pattern [batch, head, query, key] of every layer, given the layer and what it would be.
+
+    Raises:
+        ModelError: the architecture shows no patterns.
+    """
+    names = {f"blocks.{layer}.attn.hook_pattern": layer for layer in range(model.shape.n_layers)}
+    if absent := [name for name in names if name not in model.bridge.hook_dict]:
+        raise ModelError(
+            f"this {model.shape.architecture} has no {absent[0]}",
+            where=model.spec,
+            remedy="Measure opacity without routing.",
+        )
+    points = {name: model.bridge.hook_dict[name] for name in names}
+    try:
+        for name, layer in names.items():
+            points[name].add_hook(lambda tensor, hook, layer=layer: rewrite(layer, tensor), level=_LEVEL)
+        yield
+    finally:
+        for point in points.values():
+            point.remove_hooks(level=_LEVEL)
+
+
+@contextmanager
 def recorded_patterns(model: Model) -> Iterator[Patterns]:
     """The patterns of the last forward inside the context.
 
@@ -27,36 +50,22 @@ def recorded_patterns(model: Model) -> Iterator[Patterns]:
     """
     found: Patterns = {}
 
-    def reader(layer: int) -> Any:
-        def read(tensor: Tensor, hook: object) -> None:
-            found[layer] = tensor.detach()
+    def keep(layer: int, pattern: Tensor) -> Tensor:
+        found[layer] = pattern.detach()
+        return pattern
 
-        return read
-
-    with _hooked(model, {layer: reader(layer) for layer in range(model.shape.n_layers)}):
+    with each_pattern(model, keep):
         yield found
 
 
 @contextmanager
-def held_patterns(model: Model, patterns: Mapping[int, Tensor] | None) -> Iterator[None]:
-    """Hold the patterns of some layers in every forward inside the context; None holds nothing.
+def held_patterns(model: Model, patterns: Patterns) -> Iterator[None]:
+    """Hold the patterns in every forward inside the context.
 
     Raises:
         ModelError: the architecture shows no patterns.
     """
-
-    def writer(value: Tensor) -> Any:
-        return lambda tensor, hook: value.to(tensor.dtype)
-
-    with _hooked(model, {layer: writer(value) for layer, value in (patterns or {}).items()}):
-        yield
-
-
-@contextmanager
-def fixed_patterns(model: Model) -> Iterator[None]:
-    """Patterns as each forward computes them, but without a slope (of either mode of differentiation)."""
-    layers = range(model.shape.n_layers)
-    with _hooked(model, {layer: lambda tensor, hook: tensor.detach() for layer in layers}):
+    with each_pattern(model, lambda layer, pattern: patterns[layer].to(pattern.dtype)):
         yield
 
 
@@ -85,22 +94,3 @@ def check_patterns(model: Model) -> None:
                 where=model.spec,
                 remedy="Measure opacity without routing.",
             )
-
-
-@contextmanager
-def _hooked(model: Model, hooks: Mapping[int, Any]) -> Iterator[None]:
-    names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in hooks}
-    if absent := [name for name in names.values() if name not in model.bridge.hook_dict]:
-        raise ModelError(
-            f"this {model.shape.architecture} has no {absent[0]}",
-            where=model.spec,
-            remedy="Measure opacity without routing.",
-        )
-    points = {layer: model.bridge.hook_dict[name] for layer, name in names.items()}
-    try:
-        for layer, hook in hooks.items():
-            points[layer].add_hook(hook, level=_LEVEL)
-        yield
-    finally:
-        for point in points.values():
-            point.remove_hooks(level=_LEVEL)

@@ -22,13 +22,11 @@ from heredity.interp.model import Edit
 
 from .opacity_parts import World
 from .opacity_routing import held_patterns, recorded_patterns
-from .opacity_split import Split
+from .opacity_split import Split, Visit
 from .pairs import Metric
 
 Unexplained = Mapping[str, Tensor]
 """By site, [batch, pos, D] or what broadcasts to it."""
-
-CLEAN, COUNTERFACTUAL = 1, 0
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,9 @@ def recorded(world: World, split: Split, metric: Callable[[Tensor], Tensor]) -> 
     """The metric [rows] of a world as it is, and the unexplained part of every divided site."""
     found: dict[str, Tensor] = {}
 
-    def keep(site: str, value: Tensor, made: Tensor) -> Tensor:
-        found[site] = value - made[0]
-        return value
+    def keep(visit: Visit) -> Tensor:
+        found[visit.site] = visit.value - visit.made[0]
+        return visit.value
 
     return metric(world.model.logits(world.tokens, edits=split.edits(world, keep))), found
 
@@ -82,10 +80,7 @@ def recorded(world: World, split: Split, metric: Callable[[Tensor], Tensor]) -> 
 def exchanged(world: World, split: Split, unexplained: Unexplained) -> dict[str, Edit]:
     """Edits that hold the unexplained parts of ``world`` at given values."""
 
-    def hold(site: str, value: Tensor, made: Tensor) -> Tensor:
-        return made[0] + unexplained[site]
-
-    return split.edits(world, hold)
+    return split.edits(world, lambda visit: visit.made[0] + unexplained[visit.site])
 
 
 @torch.no_grad()
@@ -104,7 +99,7 @@ def two_by_two(
     out = _Table(len(contrast))
     random = [_Table(len(contrast)) for _ in range(controls)]
     generator = torch.Generator().manual_seed(seed)
-    for rows, (zero, one), score in _each(contrast):
+    for rows, (zero, one), score in each_group(contrast):
         v11, u1 = recorded(one, split, score)
         plain, u0 = recorded(zero, split, score)
         there = u0 if means is None else means
@@ -133,7 +128,7 @@ def with_routing(contrast: Contrast, split: Split) -> dict[str, np.ndarray]:
         ModelError: the architecture shows no patterns.
     """
     out = _Table(len(contrast))
-    for rows, worlds, score in _each(contrast):
+    for rows, worlds, score in each_group(contrast):
         u, patterns = [], []
         for world in worlds:
             with recorded_patterns(world.model) as seen:
@@ -147,7 +142,8 @@ def with_routing(contrast: Contrast, split: Split) -> dict[str, np.ndarray]:
     return out.values
 
 
-def _each(contrast: Contrast) -> Iterator[tuple[Tensor, tuple[World, World], Callable[[Tensor], Tensor]]]:
+def each_group(contrast: Contrast) -> Iterator[tuple[Tensor, tuple[World, World], Callable[[Tensor], Tensor]]]:
+    """Numbers of the prompts, their worlds (counterfactual, clean) and the metric of logits for them."""
     for rows in contrast.groups:
         yield rows, contrast.worlds(rows), lambda logits, rows=rows: contrast.metric(logits, rows)
 

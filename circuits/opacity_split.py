@@ -4,7 +4,7 @@ What a forward does with a divided site is up to the caller (:data:`Rewrite`): l
 recorded values while units are recomputed from whatever reaches them, or cut a gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,8 +18,26 @@ from heredity.interp.sites import order
 
 from .opacity_parts import DictionaryPart, Part, World
 
-Rewrite = Callable[[str, Tensor, Tensor], Tensor]
-"""(site, its value [batch, pos, D], what units write there [W, batch, pos, D], one per set of weights) → new value."""
+
+@dataclass(frozen=True)
+class Visit:
+    """A divided site as a forward comes to it.
+
+    Attributes:
+        site: its name.
+        value: [batch, pos, D].
+        made: what units write there, [W, batch, pos, D], one per set of weights.
+        seen: values at sites read or divided so far, as they were before being rewritten.
+    """
+
+    site: str
+    value: Tensor
+    made: Tensor
+    seen: Mapping[str, Tensor]
+
+
+Rewrite = Callable[[Visit], Tensor]
+"""What takes the place of a site's value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +157,7 @@ class _Forward:
             made = self.written.pop(site, None)
             n_sets = len(self.weights[0]) if self.weights else 1
             made = value.new_zeros(1).expand(n_sets, *value.shape) if made is None else made
-            return self.rewrite(site, value, made).to(value.dtype)
+            return self.rewrite(Visit(site, value, made, self.seen)).to(value.dtype)
 
         return edit
 

@@ -52,12 +52,20 @@ def head_features(writes: Tensor, *, along: str = "norm", share: float = SHARE) 
         raise ValueError(f"along must be 'norm' or 'direction', not {along!r}")
     if along == "norm":
         return neuron_features(writes.norm(dim=-1), share=share)
-    return neuron_features(torch.stack([_principal(head) for head in writes.unbind(1)], dim=1), share=share)
+    return neuron_features(torch.stack([_along(head) for head in writes.unbind(1)], dim=1), share=share)
 
 
-def _principal(write: Tensor) -> Tensor:
-    """Projection [T] of a head's writes [T, D] on their first principal direction."""
-    centred = (write - write.mean(0)).double()
+def principal(write: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean write and first principal direction of writes [T, D], each [D]; the direction is a unit vector with the sign
+    that makes the largest projection of write − mean positive."""
+    mean = write.double().mean(0)
+    centred = write.double() - mean
     direction = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
     along = centred @ direction
-    return (along * along[along.abs().argmax()].sign()).to(write.dtype)
+    return mean.to(write.dtype), (direction * along[along.abs().argmax()].sign()).to(write.dtype)
+
+
+def _along(write: Tensor) -> Tensor:
+    """Projection [T] of a head's writes [T, D] on their first principal direction."""
+    mean, direction = principal(write)
+    return (write - mean) @ direction
