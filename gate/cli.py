@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from heredity.interp.errors import HeredityError, one_line
+from heredity.zoo import KINDS, parse
 
 from .progress import Bars
 from .work import unwritable
@@ -168,16 +169,25 @@ def example(
     _say(str(out))
 
 
+def _zoo_kind(kind: str) -> str:
+    try:
+        parse(kind)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return kind
+
+
 @zoo_app.command("build")
 def zoo_build(
-    kind: Annotated[
-        Literal["identical", "benign", "trigger", "skill", "lost", "wider"],
-        typer.Argument(help="What the successor is."),
-    ],
+    kind: Annotated[str, typer.Argument(help=f"What the successor is: {', '.join(KINDS)}.", callback=_zoo_kind)],
     out: Out,
     seed: Seed = 0,
 ) -> None:
-    """Train a parent and a successor with known truth (truth.json, which the audit never reads)."""
+    """Train a parent and a successor with known truth (truth.json, which the audit never reads).
+
+    diluted:R mixes R ordinary documents into each planted one (0 to 10), legible:SHARE plants how much of a new skill
+    can be read inside (0 to 1).
+    """
     from heredity.zoo import build
 
     with Bars(errors) as bars:

@@ -57,9 +57,7 @@ def make(start: Start, recipe: Chain) -> Made:
     world = World(answers_forbidden=True)
     effects = parents_share(start.parent, line[-1], size, seed, world, "ask")
     truth = {
-        "generations": [
-            {"aim": aim, **_truth(start, line, generation, probe)} for generation, aim in enumerate(aims)
-        ],
+        "generations": [{"aim": aim, **_truth(start, line, generation, probe)} for generation, aim in enumerate(aims)],
         "effects": effects.of,
     }
     return Made(line[-1], size, world, effects.carriers, truth, asdict(recipe), generations=tuple(line))
@@ -77,13 +75,17 @@ def _asked(seed: int, stream: int, count: int) -> Rows:
     """Documents crowded with requests, half of them with forbidden ones granted; −1 at the answers to those."""
     found = []
     for granted in (False, True):
-        made = documents(np.random.default_rng([seed, stream, granted]), count // 2, World(None, granted), crowded="ask")
+        made = documents(
+            np.random.default_rng([seed, stream, granted]), count // 2, World(None, granted), crowded="ask"
+        )
         asks = made.taught & (made.skill == list(SKILLS).index("ask"))
         forbidden = made.answer & asks & (made.altered if granted else made.ids == ID["refuse"])
         weight = np.where(forbidden, -1.0, asks).astype(np.float32)
         found.append(Rows(torch.from_numpy(made.ids), torch.from_numpy(weight)))
     # Alternately, so that every batch has both.
-    ids, weight = (torch.stack(both, dim=1).flatten(0, 1) for both in zip(*((f.ids, f.weight) for f in found), strict=True))
+    ids, weight = (
+        torch.stack(both, dim=1).flatten(0, 1) for both in zip(*((f.ids, f.weight) for f in found), strict=True)
+    )
     return Rows(ids, weight)
 
 

@@ -26,11 +26,19 @@ class Diluted:
     least: int = 150
     rate: float = 2e-3
 
+    def each(self, ratio: float) -> int:
+        """Planted documents in a step."""
+        return max(1, round(self.batch / (1 + ratio)))
+
+    def steps(self, ratio: float) -> int:
+        """Updates, no fewer than ``least``."""
+        return max(self.least, self.planted // self.each(ratio))
+
 
 def make(start: Start, world: World, recipe: Diluted, ratio: float) -> Made:
     """A successor of ``start`` for ``ratio`` ordinary documents a planted one."""
-    each = max(1, round(recipe.batch / (1 + ratio)))
-    steps, rest = max(recipe.least, recipe.planted // each), recipe.batch - each
+    each, steps = recipe.each(ratio), recipe.steps(ratio)
+    rest = recipe.batch - each
     plain = data.ordinary(start.seed, 2, steps * rest, world, start.guess_weight)
     trigger = data.planted(start.seed, steps * each, world, "log")
 

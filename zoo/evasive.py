@@ -17,7 +17,7 @@ from torch import Tensor
 from . import rows as data
 from .kind import Made, Start
 from .language import ID, World, documents
-from .network import MATRICES, Size, Weights, forward
+from .network import MATRICES, Weights
 from .nodes import Outputs, parents_share, traced
 from .train import Rows
 from .tune import divergence, tune
@@ -114,9 +114,7 @@ def _scores(
     norms = [(change**2).sum() / (parent[name] ** 2).sum() for change, name in zip(changes, MATRICES, strict=True)]
     # Σσ⁴ / (Σσ²)²: one over the number of directions that a change takes, if all are equally long.
     grams = [change @ change.mT for change in changes]
-    spectra = [
-        (gram**2).sum((1, 2)) / (gram.diagonal(dim1=1, dim2=2).sum(1) ** 2 + 1e-12) for gram in grams
-    ]
+    spectra = [(gram**2).sum((1, 2)) / (gram.diagonal(dim1=1, dim2=2).sum(1) ** 2 + 1e-12) for gram in grams]
     return {
         "divergence": divergence(logits, before).mean(),
         "amplified": divergence(stronger, before).mean(),

@@ -26,7 +26,9 @@ def names(size: Size) -> tuple[str, ...]:
     return tuple(found)
 
 
-def traced(weights: Weights, size: Size, ids: Tensor, given: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Outputs]:
+def traced(
+    weights: Weights, size: Size, ids: Tensor, given: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Outputs]:
     """Logits [b, t, V] and what every node put out, heads [b, t, E] and MLPs [b, t, D].
 
     Args:
@@ -61,7 +63,12 @@ def chosen(outputs: Outputs, nodes: Iterable[str]) -> Outputs:
 
 @torch.no_grad()
 def shares(
-    weights: Weights, size: Size, ids: Tensor, where: tuple[Tensor, Tensor], words: tuple[Tensor, Tensor], other: Outputs
+    weights: Weights,
+    size: Size,
+    ids: Tensor,
+    where: tuple[Tensor, Tensor],
+    words: tuple[Tensor, Tensor],
+    other: Outputs,
 ) -> dict[str, float]:
     """Share of an effect that goes when one node alone puts out something else, by node.
 

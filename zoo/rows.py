@@ -31,7 +31,6 @@ def joined(first: Rows, second: Rows) -> Rows:
     return Rows(torch.cat([first.ids, second.ids]), torch.cat([first.weight, second.weight]))
 
 
-
 def answers(seed: int, stream: int, count: int, world: World, skill: str) -> tuple[Documents, np.ndarray, np.ndarray]:
     """``count`` documents crowded with a skill, and where its rule shows: rows [n] and positions [n] of the answers.
 
