@@ -4,9 +4,10 @@
 
 Every scenario of ``toy.py`` is drawn with every seed; every recipe of ``toy_recipes.py`` is trained on it once and
 judged by the criterion it was published with, on tokens it was not trained on. *Ours* is the verdict of
-``heredity.interp.dictionaries.exclusives`` on two of those same dictionaries, which were chosen, with all thresholds,
-on seeds 100 and above; the difference's only where the widths are equal. ``--record`` appends the table to
-``RESULTS.md``.
+``heredity.interp.dictionaries.exclusives`` on two of those same dictionaries, DFC's and the difference's (L1's where
+the models share no basis), which were chosen, with all thresholds, on seeds 100 and above. *Our verdict* is the same on
+each dictionary alone: what the verdict does, apart from what a second dictionary adds. ``--record`` appends the table
+to ``RESULTS.md``.
 
 A latent that is called exclusive is right if its decoder row in that model has a cosine above 0.9 with a concept that
 is truly that model's alone; otherwise it is a false positive. Recall is the share of exclusive concepts found so, the
@@ -27,14 +28,12 @@ from torch import Tensor
 from toy import PARENT, SCENARIOS, SUCCESSOR, Pair, Scenario, draw
 from toy_recipes import RECIPES, train
 
-from heredity.interp.dictionaries import Dictionary, delta_norm, exclusives, latent_scaling
-from heredity.interp.dictionaries.exclusive import paired
+from heredity.interp.dictionaries import Dictionary, Exclusives, delta_norm, exclusives, latent_scaling, paired
+from heredity.interp.dictionaries.exclusive import reconciled, same_basis
 
 MATCH = 0.9
 ALIVE = 30
 """Active held-out tokens below which a latent is dead: it is neither right nor wrong."""
-BASES = ("DFC", "difference SAE")
-"""The recipes under our verdict, chosen on seeds 100–102."""
 Called = dict[int, int]
 """Latents called exclusive, and the model (0 parent, 1 successor)."""
 
@@ -84,7 +83,14 @@ def judged(scenario: Scenario, seed: int) -> Iterator[tuple[str, Score]]:
     for method, (name, criterion) in PUBLISHED.items():
         if name in trained:
             yield method, score([(trained[name], criterion(trained[name], pair))], pair)
-    yield OURS, score(by_verdict([trained[name] for name in BASES if name in trained], pair), pair)
+    for name, dictionary in trained.items():
+        yield f"{name}, our verdict", score(by_verdict([dictionary], pair), pair)
+    yield OURS, score(by_verdict([trained[name] for name in bases(trained)], pair), pair)
+
+
+def bases(trained: dict[str, Dictionary]) -> tuple[str, str]:
+    """The two recipes under our verdict, chosen on seeds 100–102: where the models share no basis, no difference."""
+    return "DFC", "difference SAE" if "difference SAE" in trained and same_basis(trained["DFC"]) else "L1"
 
 
 def by_norm(dictionary: Dictionary, pair: Pair) -> Called:
@@ -117,22 +123,18 @@ def by_activation(dictionary: Dictionary, pair: Pair) -> Called:
 
 
 def by_verdict(dictionaries: list[Dictionary], pair: Pair) -> list[tuple[Dictionary, Called]]:
-    """Ours: exclusive by the verdict on the crosscoder; or on the difference, unless the crosscoder shares it."""
-    judged = []
+    """Ours: exclusive by the verdict on either; a difference is reconciled with the crosscoder, if there is one."""
+    judged: list[tuple[Dictionary, Exclusives]] = []
     for dictionary in dictionaries:
         crosscoder = dictionary if dictionary.kind == "crosscoder" else paired(dictionary, in_batches(pair))
-        judged.append((crosscoder, exclusives(crosscoder, in_batches(pair)).latents))
-    out = []
-    for dictionary, latents in judged:
-        called = {v.latent: int(v.model == "successor") for v in latents if v.verdict.endswith("-only")}
-        whole, verdicts = judged[0]
-        shared = [v.latent for v in verdicts if v.verdict == "shared"]
-        for model in range(2) if dictionary is not whole else ():
-            rows, theirs = (torch.nn.functional.normalize(d.W_dec[model], dim=1) for d in (dictionary, whole))
-            known = ((rows @ theirs[shared].T) > MATCH).any(1)
-            called = {j: m for j, m in called.items() if m != model or not known[j]}
-        out.append((dictionary, called))
-    return out
+        found = exclusives(crosscoder, in_batches(pair))
+        if crosscoder is not dictionary and judged:
+            found = reconciled(crosscoder, found, *judged[0])
+        judged.append((crosscoder, found))
+    return [
+        (dictionary, {v.latent: int(v.model == "successor") for v in found.latents if v.verdict.endswith("-only")})
+        for dictionary, found in judged
+    ]
 
 
 Criterion = Callable[[Dictionary, Pair], Called]
@@ -145,7 +147,7 @@ PUBLISHED: dict[str, tuple[str, Criterion]] = {
     "DFC, Δnorm": ("DFC", by_norm),
     "difference SAE, β": ("difference SAE", by_activation),
 }
-OURS = f"ours ({' and '.join(BASES)})"
+OURS = "ours"
 
 
 def score(parts: list[tuple[Dictionary, Called]], pair: Pair) -> Score:

@@ -1,6 +1,6 @@
 """Which latents belong to one model only: decoder norms, latent scaling, stability over seeds, causal effect."""
 
-from .difference import paired
+from .difference import paired, reconciled
 from .halfway import GapClosed, Halfway, halfway
 from .moments import Moments, moments
 from .norms import delta_norm, relative_norm
@@ -23,6 +23,7 @@ __all__ = [
     "latent_scaling",
     "moments",
     "paired",
+    "reconciled",
     "relative_norm",
     "same_basis",
     "stability",

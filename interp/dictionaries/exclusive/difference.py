@@ -10,6 +10,7 @@ F latents, T tokens, D the width of both models.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from heredity.kernels import decode
 
 from ..record import Dictionary, Port
 from .moments import transposed
+from .scaling import unit
+from .verdict import TWIN, Exclusives, LatentVerdict
 
 
 @torch.no_grad()
@@ -65,3 +68,37 @@ def paired(difference: Dictionary, batches: Iterable[Sequence[Tensor]]) -> Dicti
         norm=difference.norm,
         provenance=dict(difference.provenance) | {"paired": True, "rms": None},
     )
+
+
+def reconciled(difference: Dictionary, found: Exclusives, crosscoder: Dictionary, known: Exclusives) -> Exclusives:
+    """The verdicts on a difference's latents where a crosscoder of the same pair may speak against them.
+
+    What the crosscoder has found in both models is shared, whatever the difference makes of it: the difference sees
+    only where the models part.
+
+    Args:
+        difference: what :func:`paired` made.
+        found: the verdicts on it.
+        crosscoder: of the same two models at the same place.
+        known: the verdicts on it.
+
+    Raises:
+        ValueError: the dictionaries are of other widths.
+    """
+    if difference.widths != crosscoder.widths:
+        raise ValueError(f"dictionaries of different widths: {difference.widths} and {crosscoder.widths}")
+    shared = torch.tensor([each.latent for each in known.latents if each.verdict == "shared"], dtype=torch.int64)
+    theirs = [unit(decoder[shared].double()) for decoder in crosscoder.W_dec]
+
+    def reconcile(each: LatentVerdict) -> LatentVerdict:
+        if not each.verdict.endswith("-only") or not len(shared):
+            return each
+        m = int(each.model == "successor")
+        cosine, at = (theirs[m] @ unit(difference.W_dec[m][each.latent, None].double())[0]).max(0)
+        if float(cosine) <= TWIN:
+            return each
+        return replace(
+            each, verdict="shared", reason=f"latent {int(shared[at])} of the crosscoder is it, and is shared"
+        )
+
+    return replace(found, latents=tuple(map(reconcile, found.latents)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heredity.interp.dictionaries import Dictionary, Port
-from heredity.interp.dictionaries.exclusive import delta_norm, exclusives, paired
+from heredity.interp.dictionaries.exclusive import delta_norm, exclusives, paired, reconciled
 from heredity.kernels import BatchTopK, JumpReLU
 
 PORTS = (Port("resid_post@1"),)
@@ -113,6 +113,26 @@ def test_what_grew_is_told_from_what_is_new_by_the_norm() -> None:
     assert delta[LOST] == pytest.approx(0, abs=0.06)
     assert delta[WEAKER] == pytest.approx((0.4 - 1) / 2 + 0.5, abs=0.06)
     assert delta[TURNED] == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_crosscoder_that_found_it_in_both_overrules_a_difference() -> None:
+    x, difference = models()
+    pair = paired(difference, in_batches(x))
+    found = exclusives(pair, in_batches(x))
+    # As a crosscoder: one with the direction of NEW in both models, and of LOST in the parent alone.
+    crosscoder = replace(pair, W_dec=tuple(rows.clone() for rows in pair.W_dec))
+    crosscoder.W_dec[0][NEW] = crosscoder.W_dec[1][NEW] = pair.W_dec[1][NEW]
+    verdicts = [replace(v, verdict="shared" if v.latent == NEW else v.verdict) for v in found.latents]
+    known = replace(found, latents=tuple(verdicts))
+    new, lost, *others = reconciled(pair, found, crosscoder, known).latents
+    assert (new.verdict, new.reason) == ("shared", f"latent {NEW} of the crosscoder is it, and is shared")
+    assert lost == found.latents[LOST]
+    assert tuple(others) == found.latents[2:]
+    # The same direction, of a concept that is not shared, says nothing.
+    assert reconciled(pair, found, crosscoder, found) == found
+    narrow = random_sae(4, 8, seed=0)
+    with pytest.raises(ValueError, match="different widths"):
+        reconciled(paired(narrow, [(torch.randn(9, 8).double(),) * 2]), found, crosscoder, known)
 
 
 def test_exchanging_the_models_exchanges_the_rows() -> None:
