@@ -2,7 +2,7 @@
 
     f(C) = ( m(C) − m(∅) ) / ( m(M) − m(∅) )
 
-M is the whole model, ∅ no edge. CPR is the area under f, with edges taken by signed score; CMD the area under |1 − f|,
+M is the whole model, ∅ no edge. A circuit of nodes has all edges out of them. CPR is the area under f, with edges taken by signed score; CMD the area under |1 − f|,
 with edges taken by absolute score (MIB, Mueller et al. 2504.13151). Both are over the **measured** size of the circuits
 as a share of all edges, after edges that lie on no path from the embedding to the logits are dropped; published tables
 that use the requested share differ.
@@ -10,28 +10,18 @@ that use the requested share differ.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from heredity.interp.model import Model
-
 from .edge_patching import Ablation, CircuitRunner
+from .intervals import Interval, ratio
 from .layout import LOGITS, NodeLayout
-from .pairs import Metric, Pairs
 
+Unit = Literal["edges", "nodes"]
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-BOOTSTRAPS = 1000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the ends of its 95 % percentile bootstrap interval over pairs."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -39,10 +29,11 @@ class Point:
     """One circuit of a curve."""
 
     requested: float
-    """Share of edges asked for."""
+    """Share of edges or nodes asked for."""
     share: float
-    """Share of edges it has."""
-    edges: int
+    """Share it has."""
+    size: int
+    """Edges or nodes it has."""
     faithfulness: Interval
 
 
@@ -51,6 +42,7 @@ class Curve:
     """Faithfulness over sizes."""
 
     ablation: Ablation
+    unit: Unit
     signed: bool
     points: tuple[Point, ...]
 
@@ -74,6 +66,14 @@ def top(scores: Tensor, layout: NodeLayout, n: int, *, signed: bool = False) -> 
     best = height.flatten().topk(min(n, layout.n_edges)).indices
     chosen.view(-1)[best] = True
     return connected(chosen & layout.edges, layout)
+
+
+def top_nodes(scores: Tensor, layout: NodeLayout, n: int, *, signed: bool = False) -> Tensor:
+    """All edges out of the ``n`` sources of largest summed score, bool [sources, destinations]."""
+    height = scores.sum(1) if signed else scores.sum(1).abs()
+    circuit = torch.zeros_like(layout.edges)
+    circuit[height.topk(min(n, len(height))).indices] = True
+    return circuit & layout.edges
 
 
 def connected(circuit: Tensor, layout: NodeLayout) -> Tensor:
@@ -107,56 +107,85 @@ def connected(circuit: Tensor, layout: NodeLayout) -> Tensor:
     return circuit
 
 
+class Faithfulness:
+    """f of circuits on the same pairs.
+
+    Args:
+        runner: measures them.
+        seed: of the bootstrap over pairs.
+
+    Attributes:
+        whole, nothing: the metric with all edges and with none, float64 [N].
+    """
+
+    def __init__(self, runner: CircuitRunner, seed: int = 0) -> None:
+        self.runner, self.seed, self.layout = runner, seed, runner.layout
+        self.whole = runner(self.layout.edges)
+        self.nothing = runner(torch.zeros_like(self.layout.edges))
+
+    def __call__(self, circuit: Tensor) -> Interval:
+        """f(C) of edges ``circuit`` [sources, destinations]."""
+        return self.of(self.runner(circuit))
+
+    def of(self, values: Tensor) -> Interval:
+        """f, given the metric with the circuit, float64 [N]."""
+        return self.share(values - self.nothing)
+
+    def share(self, change: Tensor) -> Interval:
+        """A change of the metric, float64 [N], as a share of m(M) − m(∅)."""
+        return ratio(change.numpy(), (self.whole - self.nothing).numpy(), self.seed)
+
+
 def faithfulness_curve(
-    model: Model,
-    layout: NodeLayout,
-    pairs: Pairs,
-    metric: Metric,
+    faithfulness: Faithfulness,
     scores: Tensor,
     *,
     signed: bool = False,
-    ablation: Ablation = "counterfactual",
+    unit: Unit = "edges",
     grid: Sequence[float] = GRID,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Curve:
-    """The curve of circuits taken from ``scores`` [sources, destinations] at shares ``grid`` of all edges.
+    """The curve of circuits taken from ``scores`` [sources, destinations] at shares ``grid`` of all edges or nodes.
 
     Args:
-        model, layout, pairs, metric: as elsewhere; use other pairs than those the scores come from.
+        faithfulness: of pairs other than those the scores come from.
         scores: of :func:`.edges.attribute_edges`.
         signed: take edges by signed score (for CPR), else by absolute score (for CMD).
-        ablation: what edges outside carry.
-        grid: shares of all edges asked for.
-        seed: of the bootstrap.
+        unit: what circuits are made of.
+        grid: shares asked for.
         progress: called with circuits done and in all.
     """
-    runner = CircuitRunner(model, layout, pairs, metric, ablation)
-
-    def run(circuit: Tensor) -> np.ndarray:
-        return runner(circuit).numpy()
-
-    whole, nothing = run(layout.edges), run(torch.zeros_like(layout.edges))
+    layout = faithfulness.layout
+    total = layout.n_edges if unit == "edges" else len(layout.sources)
     points = []
     for i, share in enumerate(grid):
-        circuit = (
-            layout.edges if share >= 1 else top(scores, layout, max(1, round(share * layout.n_edges)), signed=signed)
-        )
-        values = whole if share >= 1 else run(circuit)
-        edges = int(circuit.sum())
-        kept = ratio(values - nothing, whole - nothing, seed)
-        points.append(Point(share, edges / layout.n_edges, edges, kept))
+        n = max(1, round(share * total))
+        if share >= 1:
+            circuit, kept = layout.edges, faithfulness.of(faithfulness.whole)
+        else:
+            circuit = (top if unit == "edges" else top_nodes)(scores, layout, n, signed=signed)
+            kept = faithfulness(circuit)
+        size = int(circuit.sum()) if unit == "edges" else int(circuit.any(1).sum())
+        points.append(Point(share, size / total, size, kept))
         if progress is not None:
             progress(i + 1, len(grid))
-    return Curve(ablation, signed, tuple(points))
+    return Curve(faithfulness.runner.ablation, unit, signed, tuple(points))
 
 
-def ratio(above: np.ndarray, below: np.ndarray, seed: int) -> Interval:
-    """Σ above / Σ below over pairs (a ratio of means), with its interval."""
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(above), size=(BOOTSTRAPS, len(above)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = above[draws].sum(1) / below[draws].sum(1)
-        estimate = float(above.sum() / below.sum())
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Interval(estimate, float(low), float(high))
+def smallest(faithfulness: Faithfulness, scores: Tensor, target: float, *, precision: float = 1.05) -> tuple[int, Tensor]:
+    """How many edges of largest absolute score it takes for f ≥ ``target``, and the circuit, by bisection.
+
+    Faithfulness need not grow with size; what is found is a size that reaches the target while one smaller by the
+    factor ``precision`` does not. All edges where nothing less reaches it.
+    """
+    layout = faithfulness.layout
+    low, high, circuit = 0, layout.n_edges, layout.edges
+    while high - low > 1 and high > precision * low:
+        n = round((max(low, 1) * high) ** 0.5)
+        n = min(max(n, low + 1), high - 1)
+        tried = top(scores, layout, n)
+        if faithfulness(tried).estimate >= target:
+            high, circuit = n, tried
+        else:
+            low = n
+    return high, circuit

@@ -18,6 +18,7 @@ from rich.text import Text
 from heredity.interp.errors import HeredityError, one_line
 from heredity.zoo import KINDS, parse
 
+from .circuit_command import circuit
 from .progress import Bars
 from .work import unwritable
 
@@ -128,6 +129,9 @@ def capture(
             loaded, texts, site, out, dtype=dtype, progress=lambda done, total: bars.update("capturing", done, total)
         )
     _say(f"{store.n_tokens} tokens at {', '.join(site)} in {out}")
+
+
+app.command()(circuit)
 
 
 @app.command()

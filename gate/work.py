@@ -4,15 +4,19 @@ A run always works with what it read back, never with what it just computed, so 
 audit see the same bytes.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heredity.interp.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEY = re.compile("[0-9a-f]{32}")
 
@@ -43,17 +47,37 @@ class Work:
             write_atomically(path, text)
             return json.loads(text)
 
+    def arrays(self, name: str, compute: "Callable[[], dict[str, Tensor]]") -> "dict[str, Tensor]":
+        """The arrays of step ``name``, kept in the same way."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load, save
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the whole new one, also after a crash.
+        path = self._folder / f"{name}.safetensors"
+        try:
+            return load(path.read_bytes())
+        except (FileNotFoundError, SafetensorError):
+            data = save({key: value.contiguous() for key, value in compute().items()})
+            write_atomically(path, data)
+            return load(data)
+
+    def remove(self) -> None:
+        """Forget all steps."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else's files in them
+            self._folder.parent.rmdir()
+            self._folder.parent.parent.rmdir()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``content`` so that a reader sees the old file or the whole new one, also after a crash.
 
     Raises:
         OutputError: the file cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

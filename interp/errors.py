@@ -53,6 +53,12 @@ class CorpusError(HeredityError):
     page = "corpus"
 
 
+class TaskError(HeredityError):
+    """A task file that is malformed, does not fit the tokenizer, or asks for what the model does not do."""
+
+    page = "task"
+
+
 class SiteError(HeredityError):
     """A site name that this model does not have."""
 
