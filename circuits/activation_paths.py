@@ -25,7 +25,7 @@ from .edges import GROUP_TOKENS, PASS_TOKENS, EdgeScores, _Ends, _Slopes, path
 from .layout import NodeLayout, layout_of
 from .pairs import Metric, Pairs
 from .reads import check_reads
-from .writes import check_additive, write_site
+from .writes import check_additive, stream_scale, write_site
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def attribute_edges_by_activations(
 
     Args:
         model, pairs, metric: as there.
-        steps: gradients per pair and group, by Gauss's rule.
+        steps: gradients per pair and group, at the points of :func:`.edges.path`.
         progress: called with groups done and in all.
 
     Raises:
@@ -71,7 +71,9 @@ def attribute_edges_by_activations(
             change = ends.change[group.rows]
             for first in range(0, len(points), per_pass):
                 chunk = points[first : first + per_pass]
-                at, moved = (chunk, {}) if group.site is None else _moved(group.site, change.sum(0), chunk)
+                # What is changed at a site is multiplied on its way to the stream.
+                whole = change.sum(0) / stream_scale(model)
+                at, moved = (chunk, {}) if group.site is None else _moved(group.site, whole, chunk)
                 slopes = _Slopes(model, layout, some, ends, metric, rows, at, moved)
                 for columns, gradient in slopes.by_destination():
                     scores[group.rows, columns] += (change.flatten(1) @ gradient.flatten(1).T).double()

@@ -25,7 +25,7 @@ from .attention_changes import Attention, exchanged, record_attention
 from .edges import GROUP_TOKENS, PASS_TOKENS, _Ends
 from .layout import NodeLayout, layout_of
 from .pairs import Metric, Pairs
-from .writes import ENTRY, both, check_additive, write_site
+from .writes import ENTRY, both, check_additive, stream_scale, write_site
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,14 @@ class _Changes:
     def along(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Effects [copies, nodes, pairs] for gradients [copies, pairs, pos, …] by site."""
         layout, found = self.layout, []
+        scale = stream_scale(self.model)  # between the sites gradients are taken at and the stream
         entry = gradients[ENTRY]
         found.append(torch.einsum("bpm,cbpm->cb", self.written[0], entry)[:, None])
         for layer in range(layout.n_layers):
             written = self.written[layout.written_by(layer)]
             for part, kind in ((written[:-1], "head"), (written[-1:], "mlp")):
                 at = gradients[write_site(self.model, layer, kind)]
-                found.append(torch.einsum("sbpm,cbpm->csb", part, at))
+                found.append(torch.einsum("sbpm,cbpm->csb", part, at) / scale)
         for layer in range(layout.n_layers):
             for kind in "qkv":
                 if self.fix_attention and kind != "v":

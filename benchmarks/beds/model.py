@@ -190,7 +190,7 @@ class Transformer(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.unembed
 
-    def forward(self, tokens: Tensor, use_cache: bool = False) -> SimpleNamespace:
+    def forward(self, tokens: Tensor, past_key_values: None = None, use_cache: bool = False) -> SimpleNamespace:
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)

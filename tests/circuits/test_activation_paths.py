@@ -3,19 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from heredity.circuits.activation_paths import attribute_edges_by_activations
-from heredity.circuits.edges import attribute_edges
+from heredity.circuits.edges import attribute_edges, path
 
 STEPS = 3
 
 
 def reference(plain: Any, pairs: Any, metric: Any, layout: Any, steps: int) -> torch.Tensor:
     """Scores [sources, destinations], one run of the plain model per group of sources and step."""
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
     clean, corrupt = (plain.run(tokens) for tokens in (pairs.clean, pairs.corrupt))
     rows = torch.arange(len(pairs))
     groups = [range(1)]
@@ -25,8 +23,7 @@ def reference(plain: Any, pairs: Any, metric: Any, layout: Any, steps: int) -> t
     scores = torch.zeros(layout.edges.shape, dtype=torch.float64)
     shape = (*layout.edges.shape, *clean.writes[0].shape)
     for group in groups:
-        for node, weight in zip(nodes, weights, strict=True):
-            alpha = (node + 1) / 2
+        for alpha, weight in path("eap-ig", steps):
             moved = {u: corrupt.writes[u] + alpha * (clean.writes[u] - corrupt.writes[u]) for u in group}
             added = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
             run = plain.run(pairs.clean, added=added, replaced=moved)
@@ -34,7 +31,7 @@ def reference(plain: Any, pairs: Any, metric: Any, layout: Any, steps: int) -> t
             assert added.grad is not None
             for u in group:
                 change = clean.writes[u] - corrupt.writes[u]
-                scores[u] += weight / 2 * torch.einsum("bpm,vbpm->v", change, added.grad[u])
+                scores[u] += weight * torch.einsum("bpm,vbpm->v", change, added.grad[u])
     return scores.masked_fill(~layout.edges, 0) / len(pairs)
 
 
