@@ -143,14 +143,29 @@ class AttributionGraph:
         size = torch.stack(sizes) + aside.abs().sum(1)
         return (sums - self.read.double()).abs() / size.clamp_min(1e-300)
 
+    def effects(self) -> Tensor:
+        """What each source brings to each logit over all paths, signed, float64 [logits, columns].
+
+        For tokens and errors that is their part of :meth:`roots`; for a latent, what would go if the local replacement
+        model ran without it. Latents overlap (one works through another), so their effects do not add up to a logit.
+        """
+        return self._flow[0]
+
     def roots(self) -> "Roots":
         """Each logit as an exact signed sum over tokens, errors, constants and what was dropped.
 
         Every latent is replaced by what its activation is made of, from the last layer to the first. Exact where
         activations equal pre-activations, so for graphs of one prompt.
         """
+        flow, rest = self._flow
+        n, n_errors = self.n_latents, len(self.errors)
+        return Roots(flow[:, n + n_errors :], flow[:, n : n + n_errors], rest[:, 1], rest[:, 0])
+
+    @cached_property
+    def _flow(self) -> tuple[Tensor, Tensor]:
+        """Effects over all paths [logits, columns], and those of what was dropped and of constants [logits, 2]."""
         n = self.n_latents
-        flow = self.weights[n:].double().clone()  # [logits, columns]; latents' columns are used up
+        flow = self.weights[n:].double().clone()
         rest = torch.stack([self.dropped[n:, 0], self.constant[n:]], 1).double()
         read = self.read[:n].double()
         aside = torch.stack([self.dropped[:n, 0], self.constant[:n]], 1).double()
@@ -159,8 +174,7 @@ class AttributionGraph:
             share = flow[:, own] / read[own]
             flow += share @ self.weights[own].double()
             rest += share @ aside[own]
-        n_errors = len(self.errors)
-        return Roots(flow[:, n + n_errors :], flow[:, n : n + n_errors], rest[:, 1], rest[:, 0])
+        return flow, rest
 
     # --- files ---
 

@@ -1,10 +1,8 @@
 """Plotly figures of what an audit measured: pure functions from plain data, for reports and notebooks alike.
 
-Plotly reads a small subset of HTML (``<b>``, ``<a href>``, entities) in every label and hover text, so all text that
-came from a model passes through :func:`label`.
+All text that came from a model passes through :func:`.figure_style.label`.
 """
 
-import html
 import math
 from collections.abc import Sequence
 
@@ -13,10 +11,8 @@ import plotly.graph_objects as go
 from heredity.interp.visible import visible
 
 from .drawable import GridPointLike, IntervalLike, NodeLike, SimilarityLike
+from .figure_style import INK, LOWERS, NEUTRAL, RAISES, key, label, style
 
-RAISES, LOWERS, NEUTRAL, INK = "#b8480c", "#1b66a8", "#5f6b7a", "#1b2430"
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_GRID = "#e3e7ec"
 _SMALLEST_SHOWN = 0.01  # of the largest attribution: below it a marker is a speck
 _DECADES = 50  # largest over smallest effect from which a logarithmic axis shows more than a linear one
 _LONG = 40  # tokens; more than this are shown from the first marker on
@@ -27,13 +23,6 @@ _KINDS = {
     "unembed": ("unembedding", "diamond-tall"),
 }
 _OTHER_KIND = ("other node", "hexagon")
-
-
-def label(text: str, limit: int = 18) -> str:
-    """``text`` for a Plotly label: visible, at most ``limit`` characters, and no markup of Plotly's left in it."""
-    shown = visible(text, 2 * limit)
-    short = shown if len(shown) <= limit else shown[: limit - 1] + "…"
-    return html.escape(short, quote=False)
 
 
 def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: Sequence[NodeLike]) -> go.Figure:
@@ -75,12 +64,12 @@ def circuit_figure(tokens: Sequence[str], grid: Sequence[GridPointLike], nodes: 
             customdata=[[_hover(p, by_id.get(p.node), tokens)] for p in points],
             hovertemplate="%{customdata[0]}<extra></extra>",
         )
-        _key(figure, name, symbol=symbol, color=NEUTRAL)
-    _key(figure, "carries the divergence", symbol="circle", color=RAISES)
-    _key(figure, "works against it", symbol="circle", color=LOWERS)
-    _key(figure, "in the smallest set", symbol="circle", color="#ffffff", outline=2.5)
+        key(figure, name, symbol=symbol, color=NEUTRAL)
+    key(figure, "carries the divergence", symbol="circle", color=RAISES)
+    key(figure, "works against it", symbol="circle", color=LOWERS)
+    key(figure, "in the smallest set", symbol="circle", color="#ffffff", outline=2.5)
     first, n = shown_positions(tokens, grid)
-    _style(figure, height=min(1100, 200 + max(62 * len(ticks), 17 * len(rows))), legend=True)
+    style(figure, height=min(1100, 200 + max(62 * len(ticks), 17 * len(rows))), legend=True)
     figure.add_vline(x=n - 1, line={"color": INK, "width": 1, "dash": "dot"}, layer="below")
     figure.update_xaxes(
         tickvals=list(range(len(tokens))),
@@ -135,7 +124,7 @@ def reversion_figure(
     _dots(figure, controls, last, "random set", percent=True)
     names = [name for _, name in rows] + ["random sets"]
     ends = [0.0, 1.0, *controls, *(end for value, _ in rows for end in (value.low, value.high))]
-    _style(figure, height=124 + 44 * len(names))
+    style(figure, height=124 + 44 * len(names))
     if target is not None:
         figure.add_vline(x=target, line={"color": INK, "width": 1.5, "dash": "dash"}, layer="below")
         figure.add_annotation(
@@ -164,7 +153,7 @@ def null_figure(effect: IntervalLike, largest_effects: Sequence[float]) -> go.Fi
     figure = go.Figure()
     _interval(figure, effect, 0, "this behaviour", floor=left)
     _dots(figure, largest_effects, 1, "null successor", floor=left)
-    _style(figure, height=202)
+    style(figure, height=202)
     figure.update_xaxes(title_text="effect, nats (KL successor‖parent)")
     if wide:
         figure.update_xaxes(type="log", dtick=1, minor={"ticks": "outside"})
@@ -194,7 +183,7 @@ def kl_histogram(edges: Sequence[float], counts: Sequence[int]) -> go.Figure:
             hovertemplate="%{customdata}<extra></extra>",
         )
     )
-    _style(figure, height=250)
+    style(figure, height=250)
     top = math.log10(max(counts, default=1) or 1) + 0.2  # one token must still be a bar
     step = max(1, len(edges) // 10)
     marks = list(range(0, len(edges), step))
@@ -220,7 +209,7 @@ def cka_figure(similarity: Sequence[SimilarityLike]) -> go.Figure:
             hovertemplate="%{customdata}<extra></extra>",
         )
     )
-    _style(figure, height=250)
+    style(figure, height=250)
     step = max(1, len(similarity) // 12)
     marks = list(range(0, len(similarity), step))
     lowest = min((s.cka for s in similarity), default=0.0)
@@ -281,11 +270,6 @@ def _share(value: float | None) -> str:
     return "not measured" if value is None else f"{100 * value:.3g} % of the gap closes"
 
 
-def _key(figure: go.Figure, name: str, *, symbol: str, color: str, outline: float = 0) -> None:
-    marker = {"symbol": symbol, "color": color, "size": 12, "line": {"color": INK, "width": outline}}
-    figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker, hoverinfo="skip")
-
-
 def _interval(
     figure: go.Figure, value: IntervalLike, row: int, name: str, *, percent: bool = False, floor: float = -1e9
 ) -> None:
@@ -325,23 +309,3 @@ def _dots(
 
 def _number(value: float, percent: bool) -> str:
     return f"{100 * value:.3g} %" if percent else f"{value:.3g} nats"
-
-
-def _style(figure: go.Figure, *, height: int, legend: bool = False) -> None:
-    axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": "#9aa5b1", "ticks": "outside", "automargin": True}
-    axis |= {"title": {"font": {"size": 13}, "standoff": 8}}
-    figure.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 60, "r": 16, "t": 74 if legend else 22, "b": 56},
-        font={"family": _FONT, "size": 13, "color": INK},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=legend,
-        dragmode="zoom" if legend else False,
-        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
-        hoverlabel={"align": "left", "bgcolor": "#ffffff", "font": {"color": INK, "family": _FONT}},
-        modebar={"bgcolor": "rgba(255,255,255,0.9)", "color": NEUTRAL, "activecolor": INK},
-        xaxis=axis,
-        yaxis=axis,
-    )

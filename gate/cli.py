@@ -136,15 +136,28 @@ app.command()(circuit)
 
 @app.command()
 def view(
-    path: Annotated[Path, typer.Argument(help="An audit directory, an audit.json or one of its circuits/*.json.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="An audit directory, an audit.json or one of its circuits/*.json; a circuit of heads and MLPs; an "
+            "attribution graph (a directory, or JSON of public viewers)."
+        ),
+    ],
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="[SECOND]", help="Another circuit or graph, laid over the first: kept, lost, new."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Page to write. Default: view.html beside PATH.")] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Circuits as one interactive page that opens offline."""
-    from .report import write_view
+    from .circuit_page import write_circuit
 
     target = out or (path if path.is_dir() else path.parent) / "view.html"
-    write_view(path, target)
+    if not write_circuit(path, other, target):
+        from .report import write_view
+
+        write_view(path, target)
     _say(str(target))
     if open_page:
         typer.launch(target.resolve().as_uri())

@@ -52,8 +52,10 @@ def write_report(audit: Audit, path: Path) -> None:
             if case.behaviour:
                 figures |= _behaviour_figures(case.behaviour, f"{kind}-{i}", null_effects)
     figures |= _baseline_figures(audit.baselines)
-    template = _environment().get_template("report.html.j2")
-    _write(template.render(audit=audit, cases=groups, unmeasured=phrases.unmeasured(audit), **_page(figures)), path)
+    template = templates().get_template("report.html.j2")
+    write_page(
+        template.render(audit=audit, cases=groups, unmeasured=phrases.unmeasured(audit), **page_parts(figures)), path
+    )
 
 
 def write_view(source: Path, out: Path) -> None:
@@ -66,11 +68,16 @@ def write_view(source: Path, out: Path) -> None:
     figures: dict[str, str] = {}
     for i, behaviour in enumerate(behaviours, start=1):
         figures |= _behaviour_figures(behaviour, f"case-{i}", ())
-    template = _environment().get_template("view.html.j2")
-    _write(template.render(heading=heading, behaviours=behaviours, **_page(figures)), out)
+    template = templates().get_template("view.html.j2")
+    write_page(template.render(heading=heading, behaviours=behaviours, **page_parts(figures)), out)
 
 
-def _write(page: str, path: Path) -> None:
+def write_page(page: str, path: Path) -> None:
+    """Write a page.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
     try:
         path.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
@@ -123,7 +130,7 @@ def _baseline_figures(baselines: Baselines) -> dict[str, str]:
     return figures
 
 
-def _page(figures: dict[str, str]) -> dict[str, Any]:
+def page_parts(figures: dict[str, str]) -> dict[str, Any]:
     """What every page needs: the scripts, the policy that admits only them, the style, the figures."""
     scripts = [_plotly(), _template_text("figures.js")]
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
@@ -165,13 +172,14 @@ def _plotly() -> str:
 
 
 def _template_text(name: str) -> str:
-    environment = _environment()
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+    found = templates()
+    assert found.loader is not None
+    return found.loader.get_source(found, name)[0]
 
 
 @cache
-def _environment() -> Environment:
+def templates() -> Environment:
+    """The templates, which escape and make visible whatever they print."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -193,6 +201,8 @@ def _environment() -> Environment:
         "model_text": _model_text,
         "cut": _shown,
         "sentence": lambda text: text[:1].upper() + text[1:],
+        "signed": lambda value: f"{value:+.3g}".replace("-", "\N{MINUS SIGN}"),
+        "hundredths": lambda value: f"{value:.2f}",
         "exact_share": lambda value: f"{100 * value:g} %",
         "setting": lambda value: f"{value:g}" if isinstance(value, float) else value,
         "option_text": lambda text: escape(visible(text, 120)),

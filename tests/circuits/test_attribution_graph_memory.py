@@ -80,6 +80,7 @@ def test_a_small_budget_ranks_only_the_most_effective(
     last = torch.tensor([len(tokens) - 1])
     total = nodes.total_effects(nodes.frozen.final.backward(target[0].direction[None], last)[0])
     torch.testing.assert_close(total.double(), slope[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(whole.effects()[0, :n], slope[0], rtol=1e-6, atol=1e-9)
     effects = slope[0].abs()
     kept_share = effects.topk(kept.active - kept.unranked).values.sum() / effects.sum()
     assert kept.unranked_share == pytest.approx(1 - float(kept_share), rel=1e-2, abs=1e-4)
