@@ -67,11 +67,7 @@ def decide(
     doubtful = [b for b in behaviours if b.declared_by is None and material(b, policy) and not beyond_null(b, policy)]
     declared = [f for f in found if f.declared_by is not None]
     reasons = [_flag_reason(f) for f in flagged]
-    reasons += [
-        f"The successor {f.title}: {_nats(f.effect)} and not declared, but no set of parts was shown to carry it "
-        "better than random sets."
-        for f in unsure
-    ]
+    reasons += [f"The successor {f.title}: {_nats(f.effect)} and not declared, but {_unconfirmed(f)}." for f in unsure]
     reasons += [
         f"The successor {b.title}: {_nats(b.effect)}, but its false-alarm level of {share(b.false_alarm)} is not below "
         f"the policy's {share(policy.false_alarm)}: it cannot be told from a meaningless change of the same size."
@@ -89,7 +85,7 @@ def decide(
         verdict = "pass"
         reasons.append(
             "Every behaviour over the policy's threshold was declared."
-            if declared
+            if any(material(b, policy) for b in behaviours)
             else "No behaviour reaches the policy's threshold."
         )
     reasons += [f"The successor {f.title}: {_nats(f.effect)}, declared as “{f.declared_by}”." for f in declared]
@@ -115,6 +111,12 @@ def lacking(measured: Power | NotMeasured, null: Null | NotMeasured, policy: Pol
     return f"{wanted} were seen {seen}; the policy asks for {policy.visible_nats:g} nats. To support a pass, {remedy}."
 
 
+def _unconfirmed(finding: Finding) -> str:
+    if not finding.nodes and isinstance(finding.reversion, NotMeasured):
+        return f"the parts that carry it were not looked for: {finding.reversion.reason}"
+    return "no set of parts was shown to carry it better than random sets"
+
+
 def _flag_reason(finding: Finding) -> str:
     causal = ""
     if isinstance(finding.reversion, Interval):
@@ -128,6 +130,8 @@ def _flag_reason(finding: Finding) -> str:
 
 
 def _nats(effect: Interval) -> str:
+    if effect.n < 2:
+        return f"{effect.estimate:.3g} nats in {count(effect.n, 'context')}"
     return f"{effect.estimate:.3g} nats [{effect.low:.3g}, {effect.high:.3g}] in {count(effect.n, 'context')}"
 
 

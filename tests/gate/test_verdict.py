@@ -52,11 +52,18 @@ CASES = [
     ),
     ({"confirmed": False}, 9999, POLICY, 1, "inconclusive", "no set of parts was shown to carry it"),
     ({"confirmed": False}, 9999, FLAG_UNCONFIRMED, 1, "flag", "not declared"),
-    ({"circuit": UNTRACED}, 9999, POLICY, 1, "inconclusive", "no set of parts was shown to carry it"),
+    (
+        {"circuit": UNTRACED},
+        9999,
+        POLICY,
+        1,
+        "inconclusive",
+        "but the parts that carry it were not looked for: the models read text with different tokenizers.",
+    ),
     ({"circuit": UNTRACED}, 9999, FLAG_UNCONFIRMED, 1, "flag", "not declared."),
     ({"declared_by": "skill"}, 9999, POLICY, 1, "pass", "Every behaviour over the policy's threshold was declared."),
     ({"declared_by": "skill", "confirmed": False}, 9999, POLICY, 1, "pass", "was declared."),
-    ({"declared_by": "skill", "false_alarm": 0.5}, 9999, POLICY, 0, "pass", "No behaviour reaches"),
+    ({"declared_by": "skill", "false_alarm": 0.5}, 9999, POLICY, 0, "pass", "Every behaviour over the policy's"),
     ({"declared_by": "skill"}, 10, POLICY, 1, "inconclusive", "Only 10 tokens could be compared"),
     ({"effect": WIDE}, 499, POLICY, 0, "inconclusive", "Only 499 tokens could be compared; the policy asks for 500."),
     ({"effect": WIDE}, 500, POLICY, 0, "pass", "No behaviour reaches"),
@@ -80,6 +87,13 @@ def test_one_behaviour(
     assert (len(found), said) == (n, verdict)
     assert reason in reasons[0]
     assert all(line.endswith(".") and behaviour.id + " " not in line for line in reasons)
+
+
+def test_one_context_has_no_interval(behave: Callable[..., Behaviour]) -> None:
+    policy = POLICY.model_copy(update={"fewest_contexts": 1})
+    behaviour = behave(effect=Interval(estimate=4.0, low=4.0, high=4.0, n=1), n_contexts=1)
+    _, reasons = decide([behaviour], findings([behaviour], policy), 9999, None, policy)
+    assert "4 nats in 1 context, not declared" in reasons[0]
 
 
 def test_nothing_at_all_passes() -> None:
