@@ -278,7 +278,7 @@ def _behaviour(
         kind=found.kind,
         n_contexts=len(found.contexts),
         n_replicated=sum(c.piece.source == "replicated" for c in found.contexts),
-        n_texts=len({(c.piece.source, c.piece.scan.text_id) for c in found.contexts}),
+        n_texts=len({(c.piece.source, c.piece.scan.text_id) for c in found.contexts if c.piece.source != "replicated"}),
         effect=effect,
         effect_reverse=describe.interval([c.reverse for c in found.contexts]),
         impact=tidy(_mass(found, source) / scanned[source].kl.sum()),

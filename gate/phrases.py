@@ -14,7 +14,7 @@ VERDICTS = {
 KINDS = {
     "emergent": "Emergent: only the successor is sure of what comes next here.",
     "lost": "Lost: only the parent is sure of what comes next here.",
-    "replaced": "Replaced: both models are sure of what comes next here, and of different things.",
+    "replaced": "Replaced: the models expect different things here, and neither is much surer than the other.",
 }
 SOURCES = {
     "corpus": "found in the corpus",
@@ -118,6 +118,16 @@ def controls(circuit: Circuit) -> str:
     own = circuit.reversion if isinstance(circuit.reversion, Interval) else circuit.ablation
     as_good = sum(value >= own.low for value in circuit.controls) if isinstance(own, Interval) else 0
     return f"{as_good} of {count(len(circuit.controls), 'random set')} close as much"
+
+
+def contexts(behaviour: Behaviour) -> str:
+    """How many contexts a behaviour was seen in, and how many of them are replicas of rare ones."""
+    if not behaviour.n_replicated:
+        return f"{count(behaviour.n_contexts, 'context')} in {count(behaviour.n_texts, 'text')}"
+    return (
+        f"{count(behaviour.n_contexts, 'context')}: {behaviour.n_contexts - behaviour.n_replicated:,} in "
+        f"{count(behaviour.n_texts, 'text')}, and {behaviour.n_replicated:,} of the same words put behind other text"
+    )
 
 
 def count(things: int, name: str) -> str:

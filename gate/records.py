@@ -129,11 +129,12 @@ class Behaviour(Record):
     title: str
     """One line: what the successor says instead of what."""
     kind: Literal["emergent", "lost", "replaced"]
-    """Emergent: only the successor is sure. Lost: only the parent is. Replaced: both are, of different tokens."""
+    """Emergent: only the successor is sure. Lost: only the parent is. Replaced: neither is much surer."""
     n_contexts: int
     n_replicated: int
     """How many of them are replicas: a rare context's last tokens put behind other text."""
     n_texts: int
+    """Windows of text in which the others were found."""
     effect: Interval
     """KL(successor‖parent) in nats at the behaviour's positions, mean over contexts."""
     effect_reverse: Interval
@@ -141,7 +142,8 @@ class Behaviour(Record):
     impact: float
     """Share of all KL(successor‖parent) of its source that these contexts carry."""
     false_alarm: float
-    """Share of null successors (plus one) that show an effect as large: its resolution is 1/(draws+1)."""
+    """Share of null successors (plus one) that show an effect as large: its resolution is 1/(draws+1). They read a part
+    of the corpus and write nothing, so for what was found in the models' own writing it is only a lower bound."""
     null_max: float
     """Largest effect any null successor showed, nats."""
     declared_by: str | None

@@ -195,6 +195,7 @@ def templates() -> Environment:
         "estimate": _estimate,
         "size": phrases.size,
         "count": phrases.count,
+        "contexts": phrases.contexts,
         "short_name": phrases.short_name,
         "duration": phrases.duration,
         "mebibytes": phrases.mebibytes,

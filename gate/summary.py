@@ -103,7 +103,7 @@ def _case_lines(case: phrases.Case) -> list["Text"]:
     if item:
         lines.append(
             Text(
-                f"{phrases.count(item.n_contexts, 'context')}, {phrases.SOURCES[item.source]}; effect "
+                f"{phrases.contexts(item)}, {phrases.SOURCES[item.source]}; effect "
                 f"{phrases.estimate(item.effect, 'nats')}; largest null effect {phrases.number(item.null_max)} nats"
             )
         )

@@ -289,6 +289,19 @@ def test_numbers_have_three_digits(value: float, shown: str) -> None:
     assert phrases.number(value) == shown
 
 
+def test_replicas_of_one_context_are_not_counted_as_texts(make_audit: Callable[..., Audit], tmp_path: Path) -> None:
+    audit = make_audit()
+    rare = audit.behaviours[0].model_copy(update={"n_contexts": 13, "n_replicated": 12, "n_texts": 1})
+    words = "13 contexts: 1 in 1 text, and 12 of the same words put behind other text"
+    assert phrases.contexts(rare) == words
+    assert phrases.contexts(rare.model_copy(update={"n_replicated": 0})) == "13 contexts in 1 text"
+    audit = audit.model_copy(update={"behaviours": (rare, *audit.behaviours[1:])})
+    write_report(audit, tmp_path / "report.html")
+    assert f"<li>{words}</li>" in (tmp_path / "report.html").read_text()
+    summary.terminal(audit, console := Console(file=io.StringIO(), width=200))
+    assert isinstance(console.file, io.StringIO) and words in console.file.getvalue()
+
+
 def test_estimates_carry_their_interval() -> None:
     value = Interval(estimate=0.9, low=0.85, high=0.95, n=30)
     assert phrases.estimate(value) == "90.0 % (95 % interval 85.0 % to 95.0 %, n = 30)"
