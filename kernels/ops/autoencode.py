@@ -43,6 +43,7 @@ def autoencode(
     activation: Activation,
     *,
     norm: Tensor | None = None,
+    impl: str | None = None,
 ) -> Autoencoded:
     """Encode and decode, differentiable in all tensors but ``norm``.
 
@@ -58,6 +59,7 @@ def autoencode(
         b_dec: [D], or one per model.
         activation: which pre-activations are kept.
         norm: [F], as in :func:`heredity.kernels.encode`.
+        impl: ``cpu``, ``triton`` or ``reference``, also for the gradients; see :mod:`heredity.kernels.dispatch`.
 
     Raises:
         TypeError, ValueError: as :func:`heredity.kernels.encode` and :func:`heredity.kernels.decode`.
@@ -79,7 +81,7 @@ def autoencode(
     threshold = None
     if isinstance(activation, JumpReLU):
         threshold = torch.as_tensor(activation.threshold, dtype=xs[0].dtype, device=xs[0].device).expand(n_latents)
-    out = _forward(xs, weights, b_enc, decoders, biases, threshold, norm, kind, k, number, bandwidth)
+    out = _forward(xs, weights, b_enc, decoders, biases, threshold, norm, kind, k, number, bandwidth, impl or "")
     reconstruction = out[7] if isinstance(x, Tensor) else list(out[7:])
     return Autoencoded(reconstruction, FeatureCSR(out[0], out[1], out[2], n_latents), out[3])
 
@@ -128,26 +130,27 @@ def _forward(
     k: int,
     number: float,
     bandwidth: float,
+    impl: str,
 ) -> list[Tensor]:
     """Active latents (indptr, indices, values), how many each token has, the same three for what the pseudo-derivative
     needs besides (empty unless JumpReLU), then the reconstructions."""
     activation = _activation(kind, k, number, bandwidth, threshold)
     refuse_nonfinite(xs, weights, bias, activation, norm)
-    stored = encode(list(xs), list(weights), bias, activation, norm, bandwidth / 2)
+    stored = encode(list(xs), list(weights), bias, activation, norm, bandwidth / 2, impl=impl or None)
     features, on = stored, None
     if threshold is not None:
         on = _active(stored, threshold)
         counts = torch.zeros_like(stored.indptr[1:]).index_add_(0, stored.tokens, on.long())
         features = FeatureCSR(starts(counts), stored.indices[on], stored.values[on], stored.n_latents)
     offsets: list[Tensor | None] = [*biases] if biases else [None] * len(decoders)
-    reconstructions, _ = decode(features, list(decoders), offsets, None)
+    reconstructions, _ = decode(features, list(decoders), offsets, None, impl=impl or None)
     shown = [features.indptr, features.indices, features.values, features.indptr.diff().to(features.dtype)]
     kept = [stored.indptr, stored.indices, stored.values]
     return [*shown, *([each[:0].clone() for each in kept] if on is None else kept), *reconstructions]
 
 
 @_forward.register_fake
-def _(xs, weights, bias, decoders, biases, threshold, norm, kind, k, number, bandwidth):
+def _(xs, weights, bias, decoders, biases, threshold, norm, kind, k, number, bandwidth, impl):
     x, ctx = xs[0], torch.library.get_ctx()
     rows = x.shape[0] + 1
     active, stored = ctx.new_dynamic_size(), 0 if threshold is None else ctx.new_dynamic_size()
@@ -177,13 +180,15 @@ def _backward(
     of_active: Tensor,
     bandwidth: float,
     want_x: bool,
+    impl: str,
 ) -> list[Tensor]:
     """Gradients of bias, threshold, then of decoders, weights and, where wanted, xs."""
     stored = FeatureCSR(indptr, indices, values, decoders[0].shape[0])
     on = _active(stored, threshold)
     if threshold is not None:
         extra = torch.zeros_like(values).masked_scatter_(on, extra)
-    found = backward(stored, on, list(grads), list(xs), list(weights), list(decoders), extra, want_x)
+    given = (stored, on, list(grads), list(xs), list(weights), list(decoders), extra, want_x)
+    found = backward(*given, impl=impl or None)
     of_threshold = values.new_zeros(stored.n_latents)
     if threshold is not None:
         level = threshold[indices]
@@ -194,7 +199,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(indptr, indices, values, xs, weights, decoders, threshold, grads, extra, of_active, bandwidth, want_x):
+def _(indptr, indices, values, xs, weights, decoders, threshold, grads, extra, of_active, bandwidth, want_x, impl):
     n_latents = decoders[0].shape[0]
     # The encoder's gradient is made latent by latent.
     of_weights = [weight.new_empty(n_latents, weight.shape[0]).T for weight in weights]
@@ -204,10 +209,11 @@ def _(indptr, indices, values, xs, weights, decoders, threshold, grads, extra, o
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    xs, weights, bias, decoders, biases, threshold, _, _, _, _, bandwidth = inputs
+    xs, weights, bias, decoders, biases, threshold, _, _, _, _, bandwidth, impl = inputs
     indptr, indices, values = output[:3] if threshold is None else output[4:7]
     ctx.save_for_backward(indptr, indices, values, threshold, *xs, *weights, *decoders)
-    ctx.models, ctx.biases, ctx.has_bias, ctx.bandwidth = len(xs), len(biases), bias is not None, bandwidth
+    ctx.models, ctx.biases, ctx.has_bias = len(xs), len(biases), bias is not None
+    ctx.bandwidth, ctx.impl = bandwidth, impl
     ctx.mark_non_differentiable(*[output[i] for i in (0, 1, 4, 5, 6)])
 
 
@@ -217,9 +223,8 @@ def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     xs, weights, decoders = rest[:m], rest[m : 2 * m], rest[2 * m :]
     extra, of_active = grads[2], grads[3]
     want_x = any(ctx.needs_input_grad[0])
-    out = _backward(
-        indptr, indices, values, xs, weights, decoders, threshold, grads[7:], extra, of_active, ctx.bandwidth, want_x
-    )
+    given = (indptr, indices, values, xs, weights, decoders, threshold, grads[7:], extra, of_active, ctx.bandwidth)
+    out = _backward(*given, want_x, ctx.impl)
     return (
         out[2 + 2 * m :] if want_x else [None] * m,
         out[2 + m : 2 + 2 * m],
@@ -227,7 +232,7 @@ def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         out[2 : 2 + m],
         [g.sum(0) for g in grads[7:]] if ctx.biases else [],
         None if threshold is None else out[1],
-        *[None] * 5,
+        *[None] * 6,
     )
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_compiled_it_stays_one_graph_with_the_same_gradients(kind: str) -> None:
 def test_the_op_keeps_to_its_schema_and_its_fake_tensors(kind: str) -> None:
     x, weight, bias, decoder, offset = parameters()
     threshold = torch.full((40,), 0.7, dtype=torch.float64) if kind == "jump" else None
-    arguments = ([x], [weight], bias, [decoder], [offset], threshold, None, kind, 5, 0.0, 0.5)
+    arguments = ([x], [weight], bias, [decoder], [offset], threshold, None, kind, 5, 0.0, 0.5, "")
     torch.library.opcheck(
         _forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
@@ -162,12 +163,29 @@ def test_the_op_keeps_to_its_schema_and_its_fake_tensors(kind: str) -> None:
 def test_the_op_of_the_gradients_keeps_to_its_schema_and_its_fake_tensors(kind: str) -> None:
     x, weight, bias, decoder, offset = (leaf.detach() for leaf in parameters())
     threshold = torch.full((40,), 0.7, dtype=torch.float64) if kind == "jump" else None
-    out = _forward([x], [weight], bias, [decoder], [offset], threshold, None, kind, 5, 0.0, 0.5)
+    out = _forward([x], [weight], bias, [decoder], [offset], threshold, None, kind, 5, 0.0, 0.5, "")
     stored = out[:3] if threshold is None else out[4:7]
     extra, of_active = torch.ones_like(out[2]), torch.ones_like(out[3])
     rest = ([x], [weight], [decoder], threshold, [x], extra, of_active, 0.5)
     for want_x in (False, True):
-        torch.library.opcheck(_backward, (*stored, *rest, want_x), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(_backward, (*stored, *rest, want_x, ""), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_an_implementation_asked_for_serves_all_of_it(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for op in ("encode", "decode", "backward"):
+        for name in ("cpu", "reference"):
+            module = import_module(f"heredity.kernels.ops.{op}.{name}")
+            real = getattr(module, op)
+            spy = lambda *args, real=real, name=name: called.append(name) or real(*args)  # noqa: E731
+            monkeypatch.setattr(module, op, spy)
+    out = autoencode(*parameters(), TopK(3), impl=impl)
+    out.reconstruction.sum().backward()
+    # Of 40 latents 3 are active: too few for the CPU to hand the work to the reference.
+    assert called == [impl] * 3
+    with pytest.raises(ValueError, match="'triton' can't serve this call: float64"):
+        autoencode(*parameters(), TopK(3), impl="triton")
 
 
 def test_what_encode_refuses_is_refused_here_too() -> None:
