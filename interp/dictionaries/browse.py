@@ -110,7 +110,7 @@ class Latent:
 
     @property
     def effects(self) -> tuple[Effect, ...]:
-        """Of each model that it reaches."""
+        """Of each model that it reaches; what it leaves as it is, is left out."""
         if self.notes is None:
             return ()
         several, out = len(self.notes.models) > 1, []
@@ -119,12 +119,15 @@ class Latent:
                 continue
             sides = ((effects.raised, effects.raised_by), (effects.lowered, effects.lowered_by))
             raised, lowered = (self._named(ids[self.number], by[self.number]) for ids, by in sides)
+            if not raised and not lowered:
+                continue
             out.append(Effect(side_name(m, len(self.notes.models)) if several else "", raised, lowered))
         return tuple(out)
 
     def _named(self, ids: Tensor, by: Tensor) -> tuple[tuple[str, float], ...]:
         names = self.notes.names if self.notes else {}
-        return tuple((names.get(i, f"<{i}>"), change) for i, change in zip(ids.tolist(), by.tolist(), strict=True))
+        changes = zip(ids.tolist(), by.tolist(), strict=True)
+        return tuple((names.get(i, f"<{i}>"), change) for i, change in changes if change)
 
     @cached_property
     def examples(self) -> tuple[Snippet, ...]:
