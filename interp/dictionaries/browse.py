@@ -316,7 +316,7 @@ def latents(dictionary: Dictionary) -> Latents:
             where=repr(dictionary),
             remedy="Describe the dictionary again.",
         )
-    return Latents(dictionary, notes, range(dictionary.n_latents), f"latents of {dictionary!r}")
+    return Latents(dictionary, notes, range(dictionary.n_latents), f"latents of the {named(dictionary)}")
 
 
 def overview(dictionary: Dictionary) -> str:
@@ -345,6 +345,12 @@ def measured_on(latent: Latent) -> tuple[str, ...]:
         f"{found.null:.3f} with shuffled labels; learned on one half of {texts}, measured on the other"
     )
     return q, often
+
+
+def named(dictionary: Dictionary) -> str:
+    """What it is and where, in words."""
+    kind = "SAE" if dictionary.kind == "sae" else dictionary.kind.replace("_", " ")
+    return f"{kind} of {', '.join(dict.fromkeys(p.site for p in (*dictionary.reads, *dictionary.writes)))}"
 
 
 def side_name(model: int, of: int) -> str:

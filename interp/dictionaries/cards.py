@@ -54,8 +54,10 @@ font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12.5px}
 .hd td,.hd th{padding:4px 14px 4px 0;text-align:left;vertical-align:top;border:0;border-bottom:1px solid var(--line)}
 .hd th{color:var(--muted);font-weight:600;font-size:12px}
 .hd td.n,.hd th.n{text-align:right;white-space:nowrap}
+.hd table.effects{table-layout:fixed}
 .hd .effects td{padding:1px 8px 1px 0;border:0;vertical-align:middle}
-.hd .effects td.bar{width:90px}
+.hd .effects td.bar{width:120px}
+.hd .effects td.n{width:52px}
 .hd .effects i{display:block;height:9px;border-radius:2px;background:var(--side)}
 .hd .facts{display:flex;flex-wrap:wrap;gap:6px 28px;margin:10px 0}
 .hd .facts b{display:block;font-size:17px;font-weight:600;font-variant-numeric:tabular-nums}
@@ -73,7 +75,7 @@ def card(latent: "Latent", *, style: bool = True) -> str:
 
     found = latent.explanation
     q, *rest = measured_on(latent)
-    head = f"<h3>Latent {latent.number:,}</h3><p class='of'>{_text(_named(latent.dictionary), 300)}</p>"
+    head = f"<h3>Latent {latent.number:,}</h3><p class='of'>{_text(_title(latent.dictionary), 300)}</p>"
     if latent.rule:
         head += f"<p class='rule'>{_text(latent.rule, 1_000)}</p>"
     if found is not None and found.q is not None:
@@ -81,12 +83,12 @@ def card(latent: "Latent", *, style: bool = True) -> str:
     else:
         head += f"<p>{_text(q)}</p>"
     head += "".join(f"<p class='dim'>{_text(line)}</p>" for line in rest)
-    if (delta := latent.delta_norm) is not None:
+    if (delta := latent.delta_norm) is not None and delta == delta:
         head += f"<p class='dim'>Δnorm {delta:.2f} (0 the parent's alone, ½ shared, 1 the successor's alone)</p>"
     left = _places("Where it is most active", latent.examples, latent.max or 0.0)
     left += _places("Where it is less active", latent.more_examples, latent.max or 0.0)
     right = _histogram([(_bin(low, high), count) for low, high, count in latent.histogram], "Activations, tokens")
-    right += "".join(map(_effect, latent.effects))
+    right += _effects(latent.effects)
     body = f"{head}<div class='parts'><div>{left}</div><div>{right}</div></div>" if left or right else head
     return _block(body, style, f"latent-{latent.number}")
 
@@ -133,14 +135,14 @@ def overview(dictionary: Dictionary) -> str:
         ]
         below = f"<div class='two'><div>{_frequencies(seen.frequency)}</div>"
         below += f"<div>{_scores([e.q for e in notes.explanations.values() if e.q is not None])}</div></div>"
-        best = described.sort(by="q" if notes.explanations else "frequency")
+        best = described.sort(by="q")[: min(SHOWN, len(notes.explanations))] or described.sort(by="frequency")[:SHOWN]
         below += f"<h4>The {'best explained' if notes.explanations else 'most often active'}</h4>{_rows(best, SHOWN)}"
     elif not fault:
         below = "<p class='dim'>Nothing is known of its latents yet: <span class='said'>describe</span> it.</p>"
     if dictionary.provenance:
         origin = json.dumps(dict(dictionary.provenance), ensure_ascii=False, default=str)
         below += f"<h4>Where it comes from</h4><p class='said'>{_text(origin, 1_500)}</p>"
-    head = f"<h3>{_text(_named(dictionary), 300)}</h3>"
+    head = f"<h3>{_text(_title(dictionary), 300)}</h3>"
     return _block(f"{head}{fault}{_facts(facts)}{below}", True)
 
 
@@ -192,19 +194,21 @@ def _snippet(snippet: Snippet, largest: float) -> str:
     return f"<span class='says'>{ends[0]}{''.join(shown)}{ends[1]}</span>"
 
 
-def _effect(effect: "Effect") -> str:
-    where = f" in the {effect.model}" if effect.model else ""
-    largest = max((abs(by) for _, by in (*effect.raised, *effect.lowered)), default=0.0) or 1.0
-    out = ""
-    for verb, side, tokens in (("Raises", "up", effect.raised), ("Lowers", "down", effect.lowered)):
-        rows = "".join(
-            f"<tr><td><span class='said'>{_text(token, 40)}</span></td>"
-            f"<td class='bar'><i style='width:{100 * abs(by) / largest:.0f}%'></i></td>"
-            f"<td class='n'>{f'{by:+.2f}'.replace('-', '−')}</td></tr>"
-            for token, by in tokens
-        )
-        title = f"{verb} the logits{_text(where)} of"
-        out += f"<h4>{title}</h4><table class='effects' style='--side:var(--{side})'>{rows}</table>"
+def _effects(effects: Sequence["Effect"]) -> str:
+    """The last model's first: what a successor does is asked before what its parent did."""
+    changes = [abs(by) for effect in effects for _, by in (*effect.raised, *effect.lowered)]
+    largest, most, out = max(changes, default=1.0), 10 if len(effects) == 1 else 6, ""
+    for effect in reversed(effects):
+        where = f" in the {effect.model}" if effect.model else ""
+        for verb, side, tokens in (("Raises", "up", effect.raised), ("Lowers", "down", effect.lowered)):
+            rows = "".join(
+                f"<tr><td><span class='said'>{_text(token, 40)}</span></td>"
+                f"<td class='bar'><i style='width:{100 * abs(by) / largest:.0f}%'></i></td>"
+                f"<td class='n'>{f'{by:+.2f}'.replace('-', '−')}</td></tr>"
+                for token, by in tokens[:most]
+            )
+            out += f"<h4>{verb} the logits{_text(where)} of</h4>"
+            out += f"<table class='effects' style='--side:var(--{side})'>{rows}</table>"
     return out
 
 
@@ -216,7 +220,7 @@ def _rows(latents: "Latents", most: int, linked: bool = False) -> str:
         number = f"<a href='#latent-{latent.number}'>{latent.number:,}</a>" if linked else f"{latent.number:,}"
         cells = [number, "–" if latent.q is None else f"{latent.q:.2f}"]
         cells.append("" if latent.frequency is None else f"{latent.frequency:.3%}")
-        cells += [f"{latent.delta_norm:.2f}"] if pair else []
+        cells += [f"{latent.delta_norm:.2f}".replace("nan", "–")] if pair else []
         where = _text(latent.rule, 200) if latent.rule else ""
         if not where and latent.examples:
             where = _snippet(latent.examples[0], latent.max or 0.0)
@@ -229,9 +233,11 @@ def _rows(latents: "Latents", most: int, linked: bool = False) -> str:
     return f"<table>{body}</table>{rest}" if len(latents) else "<p class='dim'>none</p>"
 
 
-def _named(dictionary: Dictionary) -> str:
-    kind = "SAE" if dictionary.kind == "sae" else dictionary.kind.replace("_", " ").capitalize()
-    return f"{kind} of {', '.join(dict.fromkeys(p.site for p in (*dictionary.reads, *dictionary.writes)))}"
+def _title(dictionary: Dictionary) -> str:
+    from .browse import named
+
+    words = named(dictionary)
+    return words[:1].upper() + words[1:]
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:
