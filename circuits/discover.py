@@ -158,9 +158,7 @@ def discover(
 class _Discovery:
     """The steps over one prepared task."""
 
-    def __init__(
-        self, model: Model, prepared: Prepared, seed: int, steps: Steps, progress: Progress | None
-    ) -> None:
+    def __init__(self, model: Model, prepared: Prepared, seed: int, steps: Steps, progress: Progress | None) -> None:
         self.model, self.prepared, self.seed, self.steps, self._progress = model, prepared, seed, steps, progress
         self.layout = layout_of(model)
         self._testing: Faithfulness | None = None
@@ -286,13 +284,9 @@ class _Discovery:
             )
 
         bar(0, 2)
-        by_edge = again(
-            "confirm-edges", lambda: patch_edges(self.model, layout, half.pairs, half.metric, edges)
-        )
+        by_edge = again("confirm-edges", lambda: patch_edges(self.model, layout, half.pairs, half.metric, edges))
         bar(1, 2)
-        by_node = again(
-            "confirm-nodes", lambda: patch_nodes(self.model, layout, half.pairs, half.metric, nodes)
-        )
+        by_node = again("confirm-nodes", lambda: patch_nodes(self.model, layout, half.pairs, half.metric, nodes))
         bar(2, 2)
         seen_edges = dict(zip(edges, by_edge, strict=True))
         seen_nodes = dict(zip(nodes, by_node, strict=True))
@@ -314,9 +308,7 @@ class _Discovery:
             value, again_measured = float(totals[row]), _measured(float(totals[row]), seen_nodes.get(row))
             share = None if row not in seen_nodes else seen_nodes[row]["estimate"] / effect
             name = layout.sources[row]
-            found.append(
-                Node(name=name, layer=layer_of(name), attribution=value, share=share, **again_measured)
-            )
+            found.append(Node(name=name, layer=layer_of(name), attribution=value, share=share, **again_measured))
         return tuple(found), tuple(map(edge, inside)), tuple(map(edge, outside))
 
 

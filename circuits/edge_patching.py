@@ -231,8 +231,10 @@ class _Run:
     ) -> None:
         self.model, self.layout, self.other = model, layout, other
         self.scale = stream_scale(model)
-        self.outside = (~circuit).float()
-        self.difference = torch.zeros(len(layout.sources), *shape, layout.d_model)
+        self.circuit = circuit
+        self.difference = other.new_zeros(len(layout.sources), *shape, layout.d_model)
+        self.total = other.new_zeros(*shape, layout.d_model)
+        self.attention: tuple[int, Tensor] | None = None
         self.streams: dict[str, Tensor] = {}
         self.layer_inputs: Tensor | None = None
 
@@ -246,7 +248,8 @@ class _Run:
             edits[f"attn_z@{layer}"] = self._heads(layer)
             edits[f"mlp_in@{layer}"] = self._mlp_in(layer, places[f"mlp@{layer}"])
             edits[f"mlp_out@{layer}"] = self._mlp_out(layer)
-        edits["final"] = lambda stream: stream + self._outside(slice(len(self.layout.destinations) - 1, None))[0]
+        last = len(self.layout.destinations) - 1
+        edits["final"] = lambda stream: stream + self._outside(slice(last, last + 1))[0]
         return edits
 
     def _watch(self, site: str) -> Edit:
@@ -260,12 +263,12 @@ class _Run:
 
     def _project(self, layer: int, kind: str, site: str) -> Edit:
         def edit(value: Tensor) -> Tensor:
-            columns = self.layout.read_by_attention(layer)
+            if self.attention is None or self.attention[0] != layer:
+                change = self._outside(self.layout.read_by_attention(layer))
+                self.attention = layer, norm(self.model, layer, "attn")(self.streams[site] + change)
             first = {"q": 0, "k": self.layout.n_heads, "v": self.layout.n_heads + self.layout.n_kv_heads}[kind]
-            own = slice(columns.start + first, columns.start + first + value.shape[2])
-            inputs = self.streams[site] + self._outside(own)
             p = projection(self.model, layer, kind)
-            normed = norm(self.model, layer, "attn")(inputs)
+            normed = self.attention[1][first : first + value.shape[2]]
             return torch.einsum("hbpm,hmd->bphd", normed, p.weight) + p.bias
 
         return edit
@@ -296,11 +299,23 @@ class _Run:
         return edit
 
     def _wrote(self, rows: slice, value: Tensor) -> None:
-        self.difference[rows] = self.other[rows] - value
+        torch.sub(self.other[rows], value, out=self.difference[rows])
+        self.total += self.difference[rows].sum(0)
 
     def _outside(self, columns: slice) -> Tensor:
         """What edges outside the circuit change at some destinations, [destinations, batch, pos, d_model]."""
         before = int(self.layout.reach[columns].max())
-        outside = self.outside[..., :before, columns]
-        letters = "bsv,sbpm->vbpm" if outside.ndim == 3 else "sv,sbpm->vbpm"
-        return torch.einsum(letters, outside, self.difference[:before])
+        inside = self.circuit[..., :before, columns]
+        if inside.ndim == 3:
+            return torch.einsum("bsv,sbpm->vbpm", (~inside).to(self.difference), self.difference[:before])
+        # Reading what sources wrote is most of the work: of those inside and those outside, the fewer are read.
+        rows_in, rows_out = inside.any(1), (~inside).any(1)
+        if int(rows_in.sum()) < int(rows_out.sum()):
+            return self.total - self._weighted(inside, rows_in)
+        return self._weighted(~inside, rows_out)
+
+    def _weighted(self, chosen: Tensor, rows: Tensor) -> Tensor:
+        difference = self.difference[: len(rows)]
+        if not rows.all():
+            chosen, difference = chosen[rows], difference[rows]
+        return (chosen.to(difference).T @ difference.flatten(1)).unflatten(1, difference.shape[1:])

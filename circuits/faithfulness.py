@@ -172,7 +172,9 @@ def faithfulness_curve(
     return Curve(faithfulness.runner.ablation, unit, signed, tuple(points))
 
 
-def smallest(faithfulness: Faithfulness, scores: Tensor, target: float, *, precision: float = 1.05) -> tuple[int, Tensor]:
+def smallest(
+    faithfulness: Faithfulness, scores: Tensor, target: float, *, precision: float = 1.05
+) -> tuple[int, Tensor]:
     """How many edges of largest absolute score it takes for f ≥ ``target``, and the circuit, by bisection.
 
     Faithfulness need not grow with size; what is found is a size that reaches the target while one smaller by the

@@ -35,9 +35,21 @@ def projection(model: Model, layer: int, kind: str) -> Projection:
 
 
 def norm(model: Model, layer: int, kind: str) -> nn.Module:
-    """The norm between the stream and the attention (``kind`` "attn") or the MLP ("mlp") of a layer."""
-    block = model.bridge.blocks[layer]
-    return (block.ln1 if kind == "attn" else block.ln2).original_component
+    """The norm between the stream and the attention (``kind`` "attn") or the MLP ("mlp") of a layer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    parts = getattr(model.bridge.blocks[layer], "_modules", {})
+    found = parts.get("ln1") if kind == "attn" else parts.get("ln2", parts.get("ln1"))  # Cohere has one for both
+    if found is None:
+        raise ModelError(
+            f"layer {layer} of this {model.shape.architecture} has no norm before its {kind}, so edges into it cannot be "
+            "told apart",
+            where=model.spec,
+            remedy="Use an architecture with plain pre-norm attention.",
+        )
+    return found.original_component
 
 
 def through_norm(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:

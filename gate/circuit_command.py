@@ -33,7 +33,9 @@ def circuit(
     ] = "eap-ig",
     target: Annotated[float, typer.Option(help="Faithfulness the circuit is to reach.", min=0.0, max=1.0)] = 0.8,
     seed: Annotated[int, typer.Option(help="Seeds every random choice.", min=0)] = 0,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say how much memory and time it takes; run nothing.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say how much memory and time it takes; run nothing.")
+    ] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")] = False,
 ) -> None:
     """Find what causes a behaviour in MODEL, prove it, and write it down."""
@@ -89,9 +91,7 @@ def run(
     progress("loading model", 1, 1)
     key = json.dumps([code_version(), loaded.digest, asked.sha256, pairs, method, target, seed])
     work = Work(out.with_name(out.name + ".work"), hashlib.sha256(key.encode()).hexdigest())
-    found = discover(
-        loaded, asked, pairs=pairs, method=method, target=target, seed=seed, steps=work, progress=progress
-    )
+    found = discover(loaded, asked, pairs=pairs, method=method, target=target, seed=seed, steps=work, progress=progress)
     record = save_circuit(found.record, found.scores, found.circuit, out)
     work.remove()
     return record
@@ -119,7 +119,8 @@ def terminal(record: "CircuitRecord", console: Console) -> None:
         f"without the circuit {_percent(proof.complement)}",
         f"  {record.attribution.method}, {record.attribution.steps} gradients a pair: scores miss their sum by "
         f"{record.attribution.completeness:.2%}",
-        "  " + ", ".join(f"{one.kind} {one.area:.3f}" for one in record.curves)
+        "  "
+        + ", ".join(f"{one.kind} {one.area:.3f}" for one in record.curves)
         + f"; edges agree between draws of prompts: Jaccard {proof.stability.jaccard:.2f}",
     ]
     if proof.missed.share is not None:
