@@ -280,9 +280,7 @@ def load_arrays(path: str | Path, record: CircuitRecord) -> tuple[np.ndarray, np
 
 def _check_names(record: CircuitRecord, path: Path) -> None:
     sizes = record.sizes
-    small = all(
-        0 < n <= limit for n, limit in ((sizes.n_layers, 1000), (sizes.n_heads, 1000), (sizes.n_kv_heads, 1000))
-    )
+    small = all(0 < n <= 1000 for n in (sizes.n_layers, sizes.n_heads, sizes.n_kv_heads))
     layout = record.layout if small and sizes.n_heads % sizes.n_kv_heads == 0 else None
     for edge in (*record.edges, *record.others):
         if layout is None or edge.source not in layout.source_index or edge.destination not in layout.destination_index:

@@ -19,8 +19,8 @@ from heredity.interp.model import Edit, Model
 from .layout import NodeLayout
 from .pairs import Metric, Pairs
 from .prefix import Batch
-from .reads import KINDS, norm, projection, read_sites
-from .writes import ENTRY, both, head_writes, mlp_write, stream_scale
+from .reads import KINDS, check_reads, norm, projection, read_sites
+from .writes import ENTRY, both, check_additive, head_writes, mlp_write, stream_scale
 
 Ablation = Literal["counterfactual", "mean", "zero"]
 GROUP_TOKENS = 256
@@ -69,11 +69,16 @@ class CircuitRunner:
         model, layout, pairs, metric: as elsewhere.
         ablation: what edges outside a circuit carry. Of "counterfactual", as much as ``KEPT_BYTES`` holds is computed
             once for all circuits.
+
+    Raises:
+        ModelError: the architecture's edges cannot be told apart.
     """
 
     def __init__(
         self, model: Model, layout: NodeLayout, pairs: Pairs, metric: Metric, ablation: Ablation = "counterfactual"
     ) -> None:
+        check_additive(model)
+        check_reads(model, layout.parallel)
         self.model, self.layout, self.pairs, self.metric, self.ablation = model, layout, pairs, metric, ablation
         share = ablation == "counterfactual"
         self._batches = [Batch(model, pairs, rows, share=share) for rows in pairs.groups(GROUP_TOKENS, share=share)]
@@ -148,7 +153,12 @@ def patch_edges(
     Args:
         model, layout, pairs, metric: as elsewhere.
         edges: (row of ``layout.sources``, column of ``layout.destinations``).
+
+    Raises:
+        ModelError: the architecture's edges cannot be told apart.
     """
+    check_additive(model)
+    check_reads(model, layout.parallel)
     found = torch.zeros(len(edges), len(pairs), dtype=torch.float64)
     for rows in pairs.groups(GROUP_TOKENS // 2, share=True):
         batch = Batch(model, pairs, rows)

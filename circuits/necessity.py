@@ -4,11 +4,11 @@
 2403.19647, section 4). **Minimality**: how far f falls when a band of the circuit's edges, by rank, is taken out of it;
 every edge is in one band. **Missed**: a bound on what any edge outside can carry.
 
-The bound. Exchange every edge outside the circuit with probability ½. Let c_e be an edge's average effect over what else
-is exchanged (its Banzhaf value). The variance of the metric over such draws is at least Σ_e c_e² / 4, as the squares of
-its Walsh coefficients add up to it and those of single edges are c_e / 2. So no |c_e| exceeds twice the standard
-deviation, whose upper limit comes from the draws (as if normal). The idea of bounding missed effects by random subsets is
-that of AtP* (Kramár et al. 2403.00745, section 3.3); that bound assumes effects add up, this one does not.
+The bound. Exchange every edge outside the circuit with probability ½. Let c_e be an edge's average effect over what
+else is exchanged (its Banzhaf value). The variance of the metric over such draws is at least Σ_e c_e² / 4, as the
+squares of its Walsh coefficients add up to it and those of single edges are c_e / 2. So no |c_e| exceeds twice the
+standard deviation, whose upper limit comes from the draws (as if normal). The idea of bounding missed effects by random
+subsets is that of AtP* (Kramár et al. 2403.00745, section 3.3); that bound assumes effects add up, this one does not.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ from .edge_patching import GROUP_TOKENS, written
 from .layout import NodeLayout
 from .pairs import Metric, Pairs
 from .prefix import Batch
-from .writes import ENTRY, both, head_writes, mlp_write, stream_scale, write_site
+from .writes import ENTRY, both, check_additive, head_writes, mlp_write, stream_scale, write_site
 
 PASS_TOKENS = 512
 """Padded tokens in one forward."""
@@ -27,7 +27,11 @@ def patch_nodes(
     Args:
         model, layout, pairs, metric: as elsewhere.
         nodes: rows of ``layout.sources``; all if None.
+
+    Raises:
+        ModelError: the architecture's parts cannot be exchanged one by one.
     """
+    check_additive(model)
     chosen = list(range(len(layout.sources)) if nodes is None else nodes)
     found = torch.zeros(len(chosen), len(pairs), dtype=torch.float64)
     for rows in pairs.groups(GROUP_TOKENS, share=True):

@@ -44,8 +44,8 @@ def norm(model: Model, layer: int, kind: str) -> nn.Module:
     found = parts.get("ln1") if kind == "attn" else parts.get("ln2", parts.get("ln1"))  # Cohere has one for both
     if found is None:
         raise ModelError(
-            f"layer {layer} of this {model.shape.architecture} has no norm before its {kind}, so edges into it cannot be "
-            "told apart",
+            f"layer {layer} of this {model.shape.architecture} has no norm before its {kind}, so edges into it "
+            "cannot be told apart",
             where=model.spec,
             remedy="Use an architecture with plain pre-norm attention.",
         )

@@ -1,8 +1,9 @@
 """Whether the same edges would be chosen on other prompts of the same kind.
 
 Pairs are drawn with replacement, scores averaged anew, the same number of edges chosen, and the choices compared: mean
-Jaccard index over all pairs of draws (Méloux et al. 2510.00845, who ask for more than 0.8 at 100 draws or more). Scores
-by pair are a by-product of attribution, so this costs no forward; it costs their memory (:data:`.edges.PER_PAIR_BYTES`).
+Jaccard index over all pairs of draws (Méloux et al. 2510.00845, who ask for more than 0.8 at 100 draws or more).
+Scores by pair are a by-product of attribution, so this costs no forward; it costs their memory
+(:data:`.edges.PER_PAIR_BYTES` at most).
 """
 
 from dataclasses import dataclass

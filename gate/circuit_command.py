@@ -33,9 +33,7 @@ def circuit(
     ] = "eap-ig",
     target: Annotated[float, typer.Option(help="Faithfulness the circuit is to reach.", min=0.0, max=1.0)] = 0.8,
     seed: Annotated[int, typer.Option(help="Seeds every random choice.", min=0)] = 0,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Say how much memory and time it takes; run nothing.")
-    ] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what memory and time it takes.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")] = False,
 ) -> None:
     """Find what causes a behaviour in MODEL, prove it, and write it down."""
@@ -113,8 +111,8 @@ def terminal(record: "CircuitRecord", console: Console) -> None:
     lines = [
         f"{one_line(task.name)} in {one_line(record.model.spec)}: {right}{task.metric.replace('_', ' ')} "
         f"{task.clean:.3g}, on counterfactual prompts {task.corrupt:.3g} (n = {task.testing_pairs})",
-        f"{record.size} of {record.layout.n_edges} edges ({record.share:.2%}) keep {_percent(proof.faithfulness)} of the "
-        f"effect on prompts that were not used to find them",
+        f"{record.size} of {record.layout.n_edges} edges ({record.share:.2%}) keep {_percent(proof.faithfulness)} of "
+        "the effect on prompts that were not used to find them",
         f"  outside at its mean {_percent(proof.faithfulness_mean)}, at zero {_percent(proof.faithfulness_zero)}; "
         f"without the circuit {_percent(proof.complement)}",
         f"  {record.attribution.method}, {record.attribution.steps} gradients a pair: scores miss their sum by "

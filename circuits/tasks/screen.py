@@ -21,8 +21,8 @@ class Score:
     """How well a model does a task.
 
     Attributes:
-        accuracy: share of clean prompts on which right answers are ahead of wrong ones (for "kl": on which the likeliest
-            token is a right answer); None for "kl" without answers.
+        accuracy: share of clean prompts on which right answers are ahead of wrong ones (for "kl": on which the
+            likeliest token is a right answer); None for "kl" without answers.
         clean, corrupt: the metric on both, means over pairs.
         effect: their difference.
     """
@@ -59,15 +59,16 @@ def screen(model: Model, task: Task, half: Half, *, seed: int = 0) -> Score:
     found = score(model, half, kl=task.metric == "kl", seed=seed)
     if found.accuracy is not None and found.accuracy < task.accuracy:
         raise TaskError(
-            f"this model prefers the right answer on {found.accuracy:.0%} of {len(half.pairs)} prompts, the task asks for "
-            f"{task.accuracy:.0%} (metric {found.clean:.3g} on clean prompts, {found.corrupt:.3g} on counterfactual ones)",
+            f"this model prefers the right answer on {found.accuracy:.0%} of {len(half.pairs)} prompts, the task asks "
+            f"for {task.accuracy:.0%} (metric {found.clean:.3g} on clean prompts, {found.corrupt:.3g} on the "
+            "counterfactual)",
             where=f"{task.file or task.name}, {model.spec}",
             remedy="Choose a task that this model does, or lower `accuracy` in the task file.",
         )
     if not found.effect.low > 0:
         raise TaskError(
-            f"the counterfactual prompts do not lower the metric (difference {found.effect.estimate:.3g}, 95 % interval "
-            f"{found.effect.low:.3g} to {found.effect.high:.3g}, accuracy "
+            f"the counterfactual prompts do not lower the metric (difference {found.effect.estimate:.3g}, "
+            f"95 % interval {found.effect.low:.3g} to {found.effect.high:.3g}, accuracy "
             f"{'not defined' if found.accuracy is None else format(found.accuracy, '.0%')})",
             where=f"{task.file or task.name}, {model.spec}",
             remedy="Let the counterfactual change what the answer depends on, or give more pairs.",

@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class Template(_Strict):
-    """A clean and a counterfactual prompt and the answers on the clean one; ``{SLOT}`` or ``{SLOT.field}`` is filled."""
+    """A clean and a counterfactual prompt and answers on the clean one; ``{SLOT}`` or ``{SLOT.field}`` is filled."""
 
     clean: Text
     counterfactual: Text
