@@ -15,7 +15,6 @@ peak on top of the loaded model. ``--record`` appends the table to ``RESULTS.md`
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from ioi import pairs as ioi_pairs
+from machine import machine
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
@@ -191,21 +191,13 @@ def main() -> None:
 
 
 def heading(arguments: argparse.Namespace, length: int) -> list[str]:
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
     return [
         f"\n## Edge attribution beside others, {arguments.model.resolve().parent.name}/{arguments.model.name}",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {processor}, {os.cpu_count()} cores, one thread each, torch "
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, one thread each, torch "
         f"{version('torch')}, transformer-lens {version('transformer-lens')}; {arguments.pairs} pairs of {length} "
-        f"tokens, indirect objects; `benchmarks/circuits.py`, {arguments.rounds} rounds, taking turns; medians. Memory: "
-        "peak on top of the loaded model. Miss: largest difference of scores over the largest, at the same points.",
+        f"tokens, indirect objects; `benchmarks/circuits.py`, {arguments.rounds} rounds in turn; medians. Memory is "
+        "the peak on top of the loaded model. Miss: largest difference of scores over the largest, at the same points.",
         "",
         "| task | contestant | s of CPU | s | peak MB | times as fast | memory | miss |",
         "|---|---|---:|---:|---:|---:|---:|---:|",

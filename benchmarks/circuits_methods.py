@@ -8,8 +8,6 @@ of its own, and a random sample of heads' queries and keys. Each step of the wor
 """
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ioi import pairs as ioi_pairs
+from machine import machine
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
@@ -160,18 +159,10 @@ def report(
     heads = np.array([name.startswith("attn_head") for name in sources])
     mlps = np.array([name.startswith("mlp") for name in sources])
     ends = found["edges EAP"]
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
     lines = [
         f"\n## Methods of attribution, SmolLM2-135M-Instruct, indirect objects, {arguments.pairs} pairs",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {processor}, {os.cpu_count()} cores, one thread, torch {version('torch')}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, one thread, torch {version('torch')}, "
         f"transformers {version('transformers')}, transformer-lens {version('transformer-lens')}; "
         f"`benchmarks/circuits_methods.py`. Logit difference {ends['clean'].mean():.2f} clean, "
         f"{ends['corrupt'].mean():.2f} counterfactual. Correlations with exchanging each of {len(exact)} sources "

@@ -10,8 +10,6 @@ which it stays. ``--record`` appends the tables to ``RESULTS.md``.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 from beds import hand_set
 from beds.cases import Case, Outputs, cases
+from machine import machine
 from torch import Tensor
 
 from heredity.circuits.acdc import prune, prune_scores
@@ -64,9 +63,9 @@ METHODS: dict[str, Callable[[Case, Metric], Tensor]] = {
     "ACDC": _acdc,
 }
 PUBLISHED = {
-    "ACDC": "InterpBench median 0.95 (another reading 0.85)",
-    "EAP-IG, 5 steps": "InterpBench median 0.90",
-    "EAP": "InterpBench median 0.20",
+    "ACDC": "0.95 (another reading 0.85)",
+    "EAP-IG, 5 steps": "0.90",
+    "EAP": "0.20",
 }
 METRICS = ("difference", "divergence")
 
@@ -200,36 +199,37 @@ def report(
     seconds: dict[str, float],
 ) -> list[str]:
     keys = [(case.kind, case.name) for case in columns]
-    trained = [key for key in keys if key[0] == "strict interchange"]
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    heads = [f"{case.name} ({case.truth.sum()}/{case.counted.sum()})" for case in columns]
     lines = [
         f"\n## Edges of known circuits, {arguments.pairs} pairs, seed {arguments.seed}",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {processor}, {os.cpu_count()} cores, one thread, torch {version('torch')}; "
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, one thread, torch {version('torch')}; "
         f"`benchmarks/circuits_truth.py --pairs {arguments.pairs} --seed {arguments.seed}"
-        f"{f' --only {arguments.only!r}' if arguments.only else ''}`. AUROC of edges. Difference: outputs along "
-        "clean − counterfactual answer. Divergence: −KL from the clean outputs (minus squared distance for tracr). "
-        "Seconds are of CPU, all models and both metrics together.",
+        f"{f' --only {arguments.only!r}' if arguments.only else ''}`. AUROC of edges by two metrics: outputs along "
+        "clean − counterfactual answer / −KL to clean outputs (minus squared distance for tracr), which is ACDC's. In "
+        "brackets: true edges / edges counted. Seconds are of CPU, all models and both metrics together.",
         "",
-        f"| method | metric | {' | '.join(heads)} | median, trained | median, all | s | published |",
-        "|---|---|" + "---:|" * (len(columns) + 3) + "---|",
-    ]  # fmt: skip
-    for name, values in found.items():
-        method = name.partition(" | ")[0]
-        medians = [
-            statistics.median(values[key] for key in chosen) if chosen else float("nan") for chosen in (trained, keys)
-        ]
-        cells = " | ".join(f"{x:.2f}" for x in (*(values[key] for key in keys), *medians))
-        lines.append(f"| {name} | {cells} | {seconds[method]:.0f} | {PUBLISHED.get(method, '–')} |")
-    lines += ["", "In brackets: true edges / edges counted.", "", linear(arguments.pairs, arguments.seed), ""]
+        f"| model | {' | '.join(METHODS)} |",
+        "|---|" + "---:|" * len(METHODS),
+    ]
+
+    def cells(value: Callable[[dict], float]) -> str:
+        shown = []
+        for method in METHODS:
+            values = [found[f"{method} | {m}"] for m in METRICS if f"{method} | {m}" in found]
+            shown.append(" / ".join(f"{value(one):.2f}" for one in values))
+        return " | ".join(shown)
+
+    for key, case in zip(keys, columns, strict=True):
+        row = cells(lambda values, key=key: values[key])
+        lines.append(f"| {case.kind}: {case.name} ({case.truth.sum()}/{case.counted.sum()}) | {row} |")
+    for kind in dict.fromkeys(case.kind for case in columns):
+        chosen = [key for key in keys if key[0] == kind]
+        row = cells(lambda values, chosen=chosen: statistics.median(values[key] for key in chosen))
+        lines.append(f"| median, {kind} | {row} |")
+    lines.append(f"| lowest | {cells(lambda values: min(values.values()))} |")
+    lines.append(f"| s | {' | '.join(f'{seconds[method]:.0f}' for method in METHODS)} |")
+    lines.append(f"| published, InterpBench median | {' | '.join(PUBLISHED.get(m, '–') for m in METHODS)} |")
+    lines += ["", linear(arguments.pairs, arguments.seed), ""]
     return [
         *lines,
         "Queries and keys of the hand-set induction head:",

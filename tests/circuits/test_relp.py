@@ -97,3 +97,23 @@ def test_a_part_that_is_not_passed_is_an_error(bed_of: Callable) -> None:
     model, pairs, _ = bed_of("layer")
     with pytest.raises(ModelError, match="never passes the MLP of layer 0"), relevance_rules(model):
         model.logits(pairs.clean)  # no gradient asked for
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "neox"])
+def test_relevance_is_conserved_in_every_family(family: str, pair_of: Callable, draw: Callable) -> None:
+    """Without biases and with patterns held, what the rules make of a model is linear: its logits are slope · input."""
+    model, tokens = pair_of(family)[0], draw(2, 6)
+    biases = [value for name, value in model.bridge.original_model.named_parameters() if name.endswith("bias")]
+    before = [value.clone() for value in biases]
+    try:
+        for value in biases:
+            value.data.zero_()
+        entry = model.capture(tokens, ["resid_pre@0"])["resid_pre@0"].clone().requires_grad_()
+        with relevance_rules(model, hold_attention=True):
+            logit = model.logits(tokens, edits={"resid_pre@0": lambda value: entry})[:, -1, 7].sum()
+            logit.backward()
+        assert entry.grad is not None
+        assert float((entry.detach() * entry.grad).sum()) == pytest.approx(float(logit.detach()), rel=1e-3)
+    finally:
+        for value, old in zip(biases, before, strict=True):
+            value.data.copy_(old)
