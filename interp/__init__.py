@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SiteError,
         StoreError,
         TokenizerError,
+        TrainingError,
         WrapperError,
     )
     from .model import Encoded, Model
@@ -41,6 +42,7 @@ _HOME = {
     "SiteError": "errors",
     "StoreError": "errors",
     "TokenizerError": "errors",
+    "TrainingError": "errors",
     "WrapperError": "errors",
     "parse_spec": "spec",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "SiteError",
     "StoreError",
     "TokenizerError",
+    "TrainingError",
     "WrapperError",
     "load",
     "parse_spec",

@@ -34,7 +34,7 @@ def batches(encoded: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
     Shortest first, equal lengths in the order given. A text longer than ``max_tokens`` is a batch by itself; one
     without tokens is in no batch.
     """
-    return _by_length([len(text.ids) for text in encoded], max_tokens)
+    return by_length([len(text.ids) for text in encoded], max_tokens)
 
 
 def capture(
@@ -146,7 +146,7 @@ def _forwards(table: "Table", batch_tokens: int) -> Iterator[tuple[Tensor, Tenso
     starts = [i for i, position in enumerate(table["position"].to_numpy().tolist()) if position == 0]
     texts = [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
     # A shard begins where a batch began, so batching it alone gives the batches of the plan.
-    for members in _by_length([len(text) for text in texts], batch_tokens):
+    for members in by_length([len(text) for text in texts], batch_tokens):
         yield pad([texts[i] for i in members])
 
 
@@ -181,7 +181,8 @@ def _shape(model: Model, name: str) -> list[int]:
     return [heads[site.kind], model.shape.d_head] if site.kind in heads else [model.shape.d_model]
 
 
-def _by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """:func:`batches` for texts of these numbers of tokens."""
     groups: list[list[int]] = []
     for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[i] <= max_tokens:
@@ -195,7 +196,7 @@ def _plan(lengths: Sequence[int], batch_tokens: int, shard_tokens: int) -> list[
     """The texts of each shard: whole batches, until there are ``shard_tokens`` tokens."""
     plan: list[list[int]] = []
     room = 0
-    for batch in _by_length(lengths, batch_tokens):
+    for batch in by_length(lengths, batch_tokens):
         if room <= 0:
             plan.append([])
             room = shard_tokens

@@ -83,6 +83,12 @@ class GraphError(HeredityError):
     page = "graph"
 
 
+class TrainingError(HeredityError):
+    """Settings with which a dictionary cannot be trained, or a training that belongs to other settings."""
+
+    page = "training"
+
+
 class PolicyError(HeredityError):
     """A policy or intent file that is malformed."""
 

@@ -34,7 +34,7 @@ def stream(
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(a.n_shards, generator=generator).tolist()
-    home = _homes(b)
+    home = homes(b)
     kept: tuple[Tensor, Tensor] | None = None
     for group in _groups(a, order, buffer_tokens):
         pieces = [piece for shard in group for piece in _aligned(a, b, site_a, site_b, shard, home)]
@@ -59,13 +59,13 @@ def _aligned(
     a: Store, b: Store, site_a: str, site_b: str, shard: int, home: dict[int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The aligned values of one shard of ``a``, in one piece for each shard of ``b`` that has its texts."""
-    tokens, values = _tokens(a, shard), a.read(site_a, shard)
+    tokens, values = shard_texts(a, shard), a.read(site_a, shard)
     for other in sorted({home[text] for text in tokens if text in home}):
-        rows_a, rows_b = _rows(tokens, _tokens(b, other))
+        rows_a, rows_b = aligned_rows(tokens, shard_texts(b, other))
         yield values[rows_a], b.read(site_b, other)[rows_b]
 
 
-def _rows(a: Tokens, b: Tokens) -> tuple[Tensor, Tensor]:
+def aligned_rows(a: Tokens, b: Tokens) -> tuple[Tensor, Tensor]:
     """Rows of two shards that hold aligned tokens, int64 [pair] each."""
     rows: list[tuple[int, int]] = []
     for text, (first_a, encoded_a) in a.items():
@@ -76,7 +76,12 @@ def _rows(a: Tokens, b: Tokens) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _tokens(store: Store, shard: int) -> Tokens:
+def shard_texts(store: Store, shard: int) -> Tokens:
+    """The texts of one shard.
+
+    Raises:
+        StoreError: the index is damaged.
+    """
     table = store.index(shard)
     ids, start, end = (table[name].to_pylist() for name in ("token", "start", "end"))
     texts = table["text"].to_numpy()
@@ -88,8 +93,12 @@ def _tokens(store: Store, shard: int) -> Tokens:
     return found
 
 
-def _homes(store: Store) -> dict[int, int]:
-    """The shard of each text."""
+def homes(store: Store) -> dict[int, int]:
+    """The shard of each text.
+
+    Raises:
+        StoreError: the index is damaged.
+    """
     found: dict[int, int] = {}
     for shard in range(store.n_shards):
         found.update(dict.fromkeys(np.unique(store.index(shard)["text"].to_numpy()).tolist(), shard))
