@@ -18,6 +18,7 @@ from rich.text import Text
 from heredity.interp.errors import HeredityError, one_line
 from heredity.zoo import KINDS, parse
 
+from . import train_command
 from .circuit_command import circuit
 from .progress import Bars
 from .work import unwritable
@@ -268,6 +269,9 @@ def _logged(out: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+app.command("train-dictionary")(train_command.command(_say, errors))
 
 
 def main() -> None:

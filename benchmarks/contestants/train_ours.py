@@ -8,7 +8,7 @@ from train_worker import Job
 
 
 def imports() -> None:
-    import heredity.interp.dictionaries.training.train  # noqa: F401
+    import heredity.interp.dictionaries.training.loop  # noqa: F401
 
 
 @dataclass(frozen=True)

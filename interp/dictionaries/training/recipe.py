@@ -40,8 +40,8 @@ class Recipe(BaseModel):
     shared_penalty: Annotated[float, Field(gt=0, le=1)] = 0.7
     """A shared latent's price over that of any other: it is selected by its score divided by this (2603.05805)."""
     dedicated: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a crosscoder's latents, the last ones, that belong to the first model alone, and the same again for every
-    other model: encoder and decoder are zero elsewhere (dedicated features: 2602.11729)."""
+    """Share of a crosscoder's latents, the last ones, that belong to the first model alone, and as many to every other
+    model: encoder and decoder are zero elsewhere (dedicated features: 2602.11729)."""
     batch: PositiveInt = 1024
     """Tokens in a step."""
     tokens: PositiveInt | None = None
@@ -63,8 +63,8 @@ class Recipe(BaseModel):
     dead_after: PositiveInt | None = None
     """Tokens in a row without it after which a latent is dead; None: a tenth of all, at most ten million."""
     massive: Positive | None = 3.0
-    """Tokens are left out where the norm at a place is above so many medians of the batch: massive activations, as on the
-    first token of a text (2602.11729 leaves out those above 2); None: all are used."""
+    """Tokens are left out where the norm at a place is above so many medians of the batch: massive activations, as on
+    the first token of a text (2602.11729 leaves out those above 2); None: all are used."""
     seed: NonNegativeInt = 0
 
     @property

@@ -1,8 +1,8 @@
 """What training reads: batches in an order that depends on the seed alone, of which any part can be skipped.
 
-A source consists of *pieces* (a shard, a few texts) whose number of rows is known beforehand. Pieces are drawn in random
-order into a buffer, whose rows are drawn in random order. What is skipped is not read, so that a training that was
-killed goes on at once where it was.
+A source consists of *pieces* (a shard, a few texts) whose number of rows is known beforehand. Pieces are drawn in
+random order into a buffer, whose rows are drawn in random order. What is skipped is not read, so that a training that
+was killed goes on at once where it was.
 
 Row i of every place is the same token; models with other tokenizers are aligned (:func:`heredity.interp.align.align`).
 """
@@ -10,7 +10,7 @@ Row i of every place is the same token; models with other tokenizers are aligned
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ BUFFER = 65_536
 """Tokens that are shuffled together, unless memory is short."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Activations to train on."""
 

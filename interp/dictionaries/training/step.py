@@ -6,7 +6,8 @@ pseudo-derivative of Rajamanoharan et al. 2407.14435)
 with e = y − ŷ held fixed and ê what the dead latents that are most active (up to ``aux_k`` per token) make of it (AuxK,
 Gao et al. 2406.04093, §A.2). Selection is by f·Σ‖d‖ (BatchTopK crosscoder: Minder et al. 2504.02922).
 
-The [tokens, latents] matrix is never made: active latents and their gradients come from :func:`heredity.kernels.autoencode`.
+The [tokens, latents] matrix is never made: active latents and their gradients come from
+:func:`heredity.kernels.autoencode`.
 
 T tokens, F latents, D the widths of all places side by side.
 """

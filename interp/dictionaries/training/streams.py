@@ -1,4 +1,4 @@
-"""From a batch of activations to what a dictionary is trained to turn into what, in units in which all places weigh alike.
+"""What a dictionary is trained to turn into what, in units in which all places weigh alike.
 
 Units: each place's mean is taken off and what is left divided by its root mean square, both estimated on the first
 batches. Without it a model with larger activations would own a crosscoder. Both are folded into the finished
@@ -68,6 +68,12 @@ def streams(kind: Kind, batch: Batch, *, massive: float | None) -> Streams:
         return Streams(batch[0], batch[1])
     x = batch[1] - batch[0] if kind == "difference" else torch.cat(list(batch), 1)
     return Streams(x, x)
+
+
+def joined(parts: Sequence[Streams]) -> Streams:
+    """The tokens of all parts."""
+    x = torch.cat([part.x for part in parts])
+    return Streams(x, x if parts[0].y is parts[0].x else torch.cat([part.y for part in parts]))
 
 
 def ordinary(batch: Batch, massive: float) -> Tensor:

@@ -15,7 +15,13 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from heredity.kernels import BatchTopK, decode, encode
+
 from .recipe import Recipe
+from .streams import Streams
+
+NOISE = 0.1
+"""Length of the random part of a row at the start."""
 
 Block = tuple[slice, slice]
 
@@ -84,33 +90,78 @@ class Weights:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def begin(recipe: Recipe, layout: Layout, reads: int, writes: int, like: Tensor) -> Weights:
-    """Weights to start from: decoder rows of one length in random directions, each read as it is written."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    rows = torch.randn(recipe.latents, writes, generator=generator, dtype=torch.float64)
-    for columns in layout.columns[1:]:
-        if layout.shared:
-            rows[: layout.shared, columns] = rows[: layout.shared, layout.columns[0]]
-    for columns in layout.columns:
-        rows[:, columns] = torch.nn.functional.normalize(rows[:, columns], dim=1)
-    for latents, columns in layout.forbidden:
-        rows[latents, columns] = 0
-    # A latent of several models reads as much as one of a single model.
-    readers = (rows.square().sum(1, keepdim=True)).clamp_min(1)
-    read = rows / readers if reads == writes else rows
+def empty(recipe: Recipe, reads: int, writes: int, like: Tensor) -> Weights:
+    """Weights that are zero, of the shapes of ``recipe``."""
 
-    def to(value: Tensor) -> Tensor:
-        return value.to(like.device, like.dtype).contiguous().requires_grad_()
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=like.dtype, device=like.device, requires_grad=True)
 
-    zeros = torch.zeros(recipe.latents), torch.zeros(writes)
     return Weights(
-        W_enc=to(read.clone()),
-        b_enc=to(zeros[0]),
-        W_dec=to(rows),
-        b_dec=to(zeros[1]),
-        log_threshold=to(torch.zeros(recipe.latents)) if recipe.activation == "jumprelu" else None,
-        W_skip=to(torch.zeros(reads, writes)) if recipe.skip else None,
+        W_enc=zeros(recipe.latents, reads),
+        b_enc=zeros(recipe.latents),
+        W_dec=zeros(recipe.latents, writes),
+        b_dec=zeros(writes),
+        log_threshold=zeros(recipe.latents) if recipe.activation == "jumprelu" else None,
+        W_skip=zeros(reads, writes) if recipe.skip else None,
     )
+
+
+@torch.no_grad()
+def begin(recipe: Recipe, layout: Layout, weights: Weights, seen: Streams, first: Streams, k: int) -> None:
+    """Fill ``weights`` with what training starts from.
+
+    Each latent starts as a token: its row is that token's activation, of unit length at every place, read as it is
+    written (by a transcoder, as it was read). Random directions take longer to become anything. In an activation the
+    few directions of large variance drown all others, so each principal component is first divided by the square root
+    of its standard deviation. The encoder's length is the one at which the first batch is reconstructed best.
+
+    Args:
+        recipe, layout: of the training.
+        weights: see :func:`empty`.
+        seen: tokens to choose from, in training's units.
+        first: a batch, in the same units.
+        k: active latents per token at the start.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    # All different as far as there are as many; the noise tells apart those that are not.
+    chosen = [torch.randperm(len(seen.x), generator=generator) for _ in range(-(-recipe.latents // len(seen.x)))]
+    tokens = torch.cat(chosen)[: recipe.latents].to(seen.x.device)
+    written = _rows(seen.y, tokens, layout.columns, generator)
+    if layout.shared:
+        mean = sum(written[: layout.shared, columns] for columns in layout.columns)
+        for columns in layout.columns:
+            written[: layout.shared, columns] = torch.nn.functional.normalize(mean, dim=1)  # pyright: ignore[reportArgumentType]
+    read = written
+    if seen.y is not seen.x:
+        read = _rows(seen.x, tokens, [slice(0, seen.x.shape[1])], generator)
+    weights.W_enc.copy_(read)
+    weights.W_dec.copy_(written)
+    for block in layout.forbidden:
+        weights.W_enc[block] = 0
+        weights.W_dec[block] = 0
+    norm = layout.score_per_activation(weights.W_dec)
+    features = encode(first.x, weights.W_enc.T, None, BatchTopK(k=k), norm=norm)
+    made = decode(features, weights.W_dec)
+    size = made.square().sum()
+    weights.W_enc *= torch.where(size > 0, (made * first.y).sum() / size, 1.0).clamp_min(1e-3)
+    if weights.log_threshold is not None:
+        features = encode(first.x, weights.W_enc.T, None, BatchTopK(k=k))
+        lowest = features.values.min() if features.nnz else torch.ones(())
+        weights.log_threshold.fill_(float(lowest.log()))
+
+
+def _rows(values: Tensor, tokens: Tensor, places: Sequence[slice], generator: torch.Generator) -> Tensor:
+    """The values of ``tokens``, large directions damped, of length 1 at each place, [F, D]."""
+    out = torch.empty(len(tokens), values.shape[1], dtype=values.dtype, device=values.device)
+    for columns in places:
+        part = values[:, columns]
+        variance, basis = torch.linalg.eigh(part.T @ part / len(part))
+        damped = (variance / variance.max().clamp_min(1e-30)).clamp_min(1e-6) ** -0.25
+        rows = torch.nn.functional.normalize(part[tokens] @ basis * damped @ basis.T, dim=1)
+        noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+        rows += NOISE * torch.nn.functional.normalize(noise, dim=1)
+        out[:, columns] = torch.nn.functional.normalize(rows, dim=1)
+    return out
 
 
 @torch.no_grad()
@@ -132,7 +183,7 @@ def confine(layout: Layout, weights: Weights) -> None:
 
 @torch.no_grad()
 def settle(layout: Layout, tensors: Sequence[Tensor], W_dec: Tensor) -> None:
-    """After a step: shared rows are one row to the last bit; forbidden blocks of ``tensors`` (weights and moments) are 0.
+    """After a step: shared rows are one row to the last bit; forbidden blocks of ``tensors`` (and moments) are zero.
 
     Raises:
         AssertionError: a forbidden block is not.

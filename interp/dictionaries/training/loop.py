@@ -27,8 +27,8 @@ from .history import Row
 from .recipe import Recipe, check
 from .sources import Source
 from .step import Outcome, Settings, gradients
-from .streams import Streams, Units, estimate, places, streams
-from .weights import Layout, begin, confine, settle
+from .streams import Streams, Units, estimate, joined, places, streams
+from .weights import Layout, begin, confine, empty, settle
 
 CODE = 1
 """To be raised whenever the same recipe on the same source ends in other bytes."""
@@ -140,7 +140,7 @@ class _Run:
     def start(self, directory: Path | None) -> tuple[State, Iterator[tuple[Tensor, ...]], list[Row]]:
         """The state to go on from, the batches from there on, and the rows so far."""
         n = self.recipe.latents
-        weights = begin(self.recipe, self.layout, sum(self.reads), sum(self.writes), self.like)
+        weights = empty(self.recipe, sum(self.reads), sum(self.writes), self.like)
         adam = torch.optim.Adam(list(weights.named().values()), lr=self.rate, fused=True)
         zeros = [torch.zeros(sum(w), dtype=self.like.dtype, device=self.like.device) for w in (self.reads, self.writes)]
         ones = [torch.ones(len(w), dtype=self.like.dtype, device=self.like.device) for w in (self.reads, self.writes)]
@@ -157,11 +157,12 @@ class _Run:
         if directory is not None:
             history.rewrite(directory, rows)
         batches = self.batches(0)
-        first = list(islice(batches, min(ESTIMATED, self.steps)))
+        count = max(ESTIMATED, -(-self.recipe.latents // self.recipe.batch))
+        first = list(islice(batches, min(count, self.steps)))
         seen = [self.prepare(batch) for batch in first]
         state.units = estimate(self.recipe.kind, self.source.widths, seen)
-        if weights.log_threshold is not None:
-            self.open(state, state.units.apply(seen[0]))
+        k = self.settings(0).k
+        begin(self.recipe, self.layout, weights, state.units.apply(joined(seen)), state.units.apply(seen[0]), k)
         return state, chain(first, batches), rows
 
     def batches(self, skip: int) -> Iterator[tuple[Tensor, ...]]:
@@ -172,17 +173,6 @@ class _Run:
         """What is read and written, on the device, in the source's units."""
         moved = [x.to(self.like.device, self.like.dtype) for x in batch]
         return streams(self.recipe.kind, moved, massive=self.recipe.massive)
-
-    @torch.no_grad()
-    def open(self, state: State, batch: Streams) -> None:
-        """JumpReLU's thresholds such that as many latents are active as at the start of the others' training."""
-        from heredity.kernels import BatchTopK, encode
-
-        k = self.settings(0).k
-        found = encode(batch.x, state.weights.W_enc.detach().T, None, BatchTopK(k=k))
-        assert state.weights.log_threshold is not None
-        if found.nnz:
-            state.weights.log_threshold.fill_(float(found.values.min().log()))
 
     def settings(self, step: int) -> Settings:
         """What holds in the step after ``step`` others."""
