@@ -34,7 +34,7 @@ def needed(recipe: Recipe, source: Stores | Running) -> int:
     return int(BASE + _models(source) + weights + rows + active)
 
 
-def within(recipe: Recipe, source: _S, budget: float) -> _S:
+def within(recipe: Recipe, source: _S, budget: float | int) -> _S:
     """``source`` with the buffer that fits into ``budget`` bytes, at most the one it has.
 
     Raises:

@@ -104,4 +104,4 @@ class Stores(Pieces):
             common = set.intersection(*(set(rows.tolist()) for _, rows, _ in pairs.values()))
             kept = torch.tensor(sorted(common), dtype=torch.int64)
             # Rows come in ascending order, text by text.
-            yield kept, {m: (other, b[torch.searchsorted(a, kept)]) for m, (other, a, b) in pairs.items()}
+            yield kept, {m: (other, b[torch.searchsorted(a.contiguous(), kept)]) for m, (other, a, b) in pairs.items()}

@@ -22,6 +22,8 @@ from .streams import Streams
 
 NOISE = 0.1
 """Length of the random part of a row at the start."""
+DAMPED = 1.0
+"""Power of its standard deviation by which a principal component is divided."""
 
 Block = tuple[slice, slice]
 
@@ -112,8 +114,8 @@ def begin(recipe: Recipe, layout: Layout, weights: Weights, seen: Streams, first
 
     Each latent starts as a token: its row is that token's activation, of unit length at every place, read as it is
     written (by a transcoder, as it was read). Random directions take longer to become anything. In an activation the
-    few directions of large variance drown all others, so each principal component is first divided by the square root
-    of its standard deviation. The encoder's length is the one at which the first batch is reconstructed best.
+    few directions of large variance drown all others, so each principal component is first divided by its standard
+    deviation. The encoder's length is the one at which the first batch is reconstructed best.
 
     Args:
         recipe, layout: of the training.
@@ -156,7 +158,7 @@ def _rows(values: Tensor, tokens: Tensor, places: Sequence[slice], generator: to
     for columns in places:
         part = values[:, columns]
         variance, basis = torch.linalg.eigh(part.T @ part / len(part))
-        damped = (variance / variance.max().clamp_min(1e-30)).clamp_min(1e-6) ** -0.25
+        damped = (variance / variance.max().clamp_min(1e-30)).clamp_min(1e-6) ** (-DAMPED / 2)
         rows = torch.nn.functional.normalize(part[tokens] @ basis * damped @ basis.T, dim=1)
         noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
         rows += NOISE * torch.nn.functional.normalize(noise, dim=1)
