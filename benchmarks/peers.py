@@ -67,7 +67,10 @@ PEERS = {
         ),
         ("openai",),
     ),
-    "circuit_tracer": Peer("circuit-tracer", "0.5.0", (_TRANSFORMER_LENS,)),
+    # Its replacement model imports a name that huggingface_hub has no longer.
+    "circuit_tracer": Peer(
+        "circuit-tracer", "0.5.0", (_TRANSFORMER_LENS, "transformers<4.58", "huggingface_hub<1", "tokenizers")
+    ),
 }
 """By the name of their module, which is also that of their file in ``contestants/``."""
 

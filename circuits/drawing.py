@@ -34,7 +34,7 @@ class Part:
     name: str
     kind: Kind
     layer: int
-    column: float
+    column: float | int
     effect: float
     low: float | None = None
     high: float | None = None

@@ -31,6 +31,9 @@ from .attribution_graph_recording import keep, recording
 from .reads import norm, projection
 from .writes import ENTRY, outer_norm
 
+BLOCK = 256
+"""Positions from which patterns are multiplied block by block, their empty half left out."""
+
 
 class Stream(NamedTuple):
     """The residual stream [P, D] at one place: before the attention or the MLP of a layer, or at the end (layer L)."""
@@ -80,9 +83,18 @@ class FrozenLayer:
         flat = gradient.view(-1, width)
         groups = self.value.shape[1] * heads // len(self.output)
         at_z = (flat @ self.output.T).view(n_targets, cone, groups, heads // groups, -1)
-        at_z = at_z.permute(2, 3, 1, 0, 4).reshape(groups, heads // groups * cone, -1)  # [G, R·C, B·d]
-        pattern = self.pattern[:, :cone, :cone].reshape(groups, -1, cone)  # [G, R·C, C]
-        at_v = pattern.transpose(1, 2) @ at_z
+        if cone <= BLOCK:
+            at_z = at_z.permute(2, 3, 1, 0, 4).reshape(groups, heads // groups * cone, -1)  # [G, R·C, B·d]
+            pattern = self.pattern[:, :cone, :cone].reshape(groups, -1, cone)  # [G, R·C, C]
+            at_v = pattern.transpose(1, 2) @ at_z
+        else:
+            at_z = at_z.permute(2, 3, 1, 0, 4).reshape(heads, cone, -1)  # [H, C, B·d]
+            at_v = at_z.new_empty(groups, cone, at_z.shape[2])
+            for first in range(0, cone, BLOCK):
+                keys = slice(first, min(first + BLOCK, cone))
+                # No query before a key looks at it.
+                part = self.pattern[:, first:cone, keys].transpose(1, 2) @ at_z[:, first:]
+                torch.sum(part.unflatten(0, (groups, -1)), 1, out=at_v[:, keys])
         at_v = at_v.view(groups, cone, n_targets, -1).permute(2, 1, 0, 3).reshape(n_targets * cone, -1)
         flat.addmm_(at_v, self.value.T)
 

@@ -77,6 +77,19 @@ def test_a_backward_that_is_not_the_transpose_is_noticed(
         check_adjoint(frozen)
 
 
+def test_long_patterns_in_blocks_are_the_same(
+    model: Model, draw: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = freeze(model, draw(1, 23)[0])
+    positions, gradient = torch.tensor([4, 21]), torch.randn(2, frozen.embedded.shape[1])
+    whole = [g.clone() for _, g in frozen.sweep(len(frozen.layers), positions, gradient, {})]
+    monkeypatch.setattr(replacement, "BLOCK", 5)
+    blocks = [g.clone() for _, g in frozen.sweep(len(frozen.layers), positions, gradient, {})]
+    for one, other in zip(whole, blocks, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+    check_adjoint(frozen)
+
+
 def test_patterns_on_disk_are_the_same(model: Model, draw: Callable[..., Tensor]) -> None:
     tokens = draw(1, 6)[0]
     first, second = freeze(model, tokens), freeze(model, tokens, on_disk=True)
