@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .circuit_record import CircuitRecord, Node
 from .drawing import Drawing, Link, Part
 from .eap_ig_json import EdgeGraph
 from .layout import INPUT, LOGITS, NodeLayout
@@ -114,6 +115,49 @@ def drawing_of_edges(graph: EdgeGraph, *, title: str, unit: str = "in units of t
         link_effect=f"score of the edge {unit}",
         notes=(f"{len(edges):,} of {layout.n_edges:,} edges are in the circuit. Scores are by gradients.",),
     )
+
+
+def drawing_of_record(record: CircuitRecord) -> Drawing:
+    """The circuit that ``heredity circuit`` found; effects are those of interventions where they were measured."""
+    measured = [sum(it.effect is not None for it in some) for some in (record.nodes, record.edges)]
+    found = {
+        node.name: Component(
+            node.attribution if node.effect is None else node.effect,
+            node.low,
+            node.high,
+            about=_node_lines(node),
+        )
+        for node in record.nodes
+    }
+    edges = [(e.source, e.destination, e.score if e.effect is None else e.effect) for e in record.edges]
+    kept = record.proof.faithfulness
+    return drawing_of_components(
+        record.layout,
+        found,
+        edges,
+        title=f"{record.task.name} in {record.model.spec}",
+        effect=f"{record.task.metric}: what goes when the part has its counterfactual value (by gradients where that "
+        "was not measured)",
+        link_effect=f"{record.task.metric}: what goes with the edge (by gradients where not measured)",
+        notes=(
+            f"{record.size:,} of {record.layout.n_edges:,} edges. They keep {kept.estimate:.0%} of the effect (95 % "
+            f"interval {kept.low:.0%} to {kept.high:.0%}) with counterfactual values everywhere else.",
+            f"Effects of {measured[0]} of {len(record.nodes)} parts and of {measured[1]} of {len(record.edges)} edges "
+            "were measured by intervention. Scores by gradients miss their sum by "
+            f"{record.attribution.completeness:.1%}.",
+        ),
+    )
+
+
+def _node_lines(node: Node) -> tuple[str, ...]:
+    lines = [f"by gradients: {node.attribution:+.3g}"]
+    if node.share is not None:
+        lines.append(f"{node.share:.1%} of the whole effect")
+    if node.effect is None:
+        lines.append("not measured by intervention")
+    elif node.confirmed is not None:
+        lines.append("confirmed by intervention" if node.confirmed else "not confirmed by intervention")
+    return tuple(lines)
 
 
 def _owners(layout: NodeLayout, destination: str) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from .drawing import Drawing
 def read_drawing(path: str | Path) -> Drawing | None:
     """What is at ``path`` as a drawing, None if it is no circuit or graph that is known here.
 
-    Known are: an attribution graph (a directory with ``graph.json``), a graph file of public viewers, a circuit of
-    EAP-IG or MIB.
+    Known are: a circuit that ``heredity circuit`` wrote, an attribution graph (a directory with ``graph.json``), a
+    graph file of public viewers, a circuit of EAP-IG or MIB.
 
     Raises:
         GraphError: it is one of these, but damaged.
@@ -30,6 +30,11 @@ def read_drawing(path: str | Path) -> Drawing | None:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+    if isinstance(content, dict) and str(content.get("format", "")).startswith("heredity circuit "):
+        from .circuit_record import load_circuit
+        from .drawing_components import drawing_of_record
+
+        return drawing_of_record(load_circuit(path))
     keys = set(content) if isinstance(content, dict) else set()
     if {"metadata", "nodes", "links"} <= keys:
         from .attribution_graph_json import read_graph_file

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from heredity.interp.visible import visible
-
 from .drawable import GridPointLike, IntervalLike, NodeLike, SimilarityLike
 from .figure_style import INK, LOWERS, NEUTRAL, RAISES, key, label, style
 

@@ -14,7 +14,7 @@ from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_se
 from torch import Tensor
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def versions() -> dict[str, str]:
@@ -22,8 +22,9 @@ def versions() -> dict[str, str]:
 
 
 def load(model: str, transcoders: str) -> Any:
-    bare = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    c = bare.config
+    c = AutoConfig.from_pretrained(model)
+    c.rope_theta = c.rope_parameters["rope_theta"]  # where this transformers, older than the files, looks for it
+    bare = AutoModelForCausalLM.from_pretrained(model, config=c, dtype=torch.float32).eval()
     config = HookedTransformerConfig(
         model_name="smollm2",
         n_layers=c.num_hidden_layers,
@@ -40,14 +41,14 @@ def load(model: str, transcoders: str) -> Any:
         eps=c.rms_norm_eps,
         positional_embedding_type="rotary",
         rotary_dim=c.hidden_size // c.num_attention_heads,
-        rotary_base=c.rope_parameters["rope_theta"],
+        rotary_base=c.rope_theta,
         rotary_adjacent_pairs=False,
         final_rms=True,
         original_architecture="LlamaForCausalLM",
         device="cpu",
         dtype=torch.float32,
     )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{model}/tokenizer.json", bos_token="<|im_start|>")
     made = TransformerLensReplacementModel(config, tokenizer=tokenizer)
     made.load_and_process_state_dict(
         convert_llama_weights(bare, config), fold_ln=False, center_writing_weights=False, center_unembed=False

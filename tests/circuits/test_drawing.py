@@ -11,11 +11,18 @@ from torch import Tensor
 from heredity.circuits.attribution_graph import attribution_graph
 from heredity.circuits.attribution_graph_json import graph_file, write_graph_file
 from heredity.circuits.attribution_graph_record import AttributionGraph
+from heredity.circuits.circuit_record import Attribution, CircuitRecord, Edge, ModelAbout, Node, Proof, Sizes, TaskAbout
 from heredity.circuits.drawing import Drawing, Link, Part, union
-from heredity.circuits.drawing_components import Component, drawing_of_components, drawing_of_edges
+from heredity.circuits.drawing_components import (
+    Component,
+    drawing_of_components,
+    drawing_of_edges,
+    drawing_of_record,
+)
 from heredity.circuits.drawing_files import read_drawing
 from heredity.circuits.drawing_graph import Explained, drawing_of_graph, drawing_of_graph_file
 from heredity.circuits.eap_ig_json import EdgeGraph, write_eap_ig
+from heredity.circuits.intervals import Interval
 from heredity.circuits.layout import NodeLayout
 from heredity.interp.dictionaries.record import DictionarySet
 from heredity.interp.errors import GraphError
@@ -143,6 +150,43 @@ def test_an_eap_ig_file_is_drawn(tmp_path: Path) -> None:
     assert {part.effect for part in again.parts if part.kind != "logit"} == {3.0}
 
 
+def test_a_record_of_a_discovery_is_drawn_with_measured_effects() -> None:
+    record = CircuitRecord.model_construct(
+        model=ModelAbout(spec="m", architecture="a", sha256="0", n_params=1),
+        task=TaskAbout.model_construct(name="ioi", metric="logit difference"),
+        attribution=Attribution(method="eap-ig", steps=5, completeness=0.012, tolerance=0.02),
+        sizes=Sizes(n_layers=2, n_heads=4, n_kv_heads=2, d_model=8, parallel=False),
+        proof=Proof.model_construct(faithfulness=Interval(0.91, 0.85, 0.97)),
+        size=2,
+        nodes=(
+            Node(name="embed", layer=-1, attribution=1.5),
+            Node(
+                name="attn_head@0.1", layer=0, attribution=0.4, share=0.3, effect=0.5, low=0.4, high=0.6, confirmed=True
+            ),
+        ),
+        edges=(
+            Edge(source="embed", destination="attn_v@0.0", score=0.3, effect=0.2, low=0.1, high=0.3, confirmed=True),
+            Edge(source="attn_head@0.1", destination="logits", score=-0.1),
+        ),
+    )
+    drawn = drawing_of_record(record)
+    parts = {part.id: part for part in drawn.parts}
+    assert set(parts) == {"embed", "attn_head@0.0", "attn_head@0.1", "logits"}
+    head = parts["attn_head@0.1"]
+    assert (head.effect, head.low, head.high) == (0.5, 0.4, 0.6)
+    assert head.about == ("by gradients: +0.4", "30.0% of the whole effect", "confirmed by intervention")
+    assert (parts["embed"].effect, parts["embed"].low) == (1.5, None)
+    assert parts["embed"].about[-1] == "not measured by intervention"
+    links = {(link.source, link.target): link.effect for link in drawn.links}
+    assert links == {
+        ("embed", "attn_head@0.0"): 0.1,
+        ("embed", "attn_head@0.1"): 0.1,
+        ("attn_head@0.1", "logits"): -0.1,
+    }
+    assert "91% of the effect (95 % interval 85% to 97%)" in drawn.notes[0]
+    assert drawn.notes[1].startswith("Effects of 1 of 2 parts and of 1 of 2 edges were measured")
+
+
 def test_what_is_no_circuit_is_none_and_what_is_damaged_is_refused(tmp_path: Path) -> None:
     assert read_drawing(tmp_path) is None and read_drawing(tmp_path / "absent.json") is None
     for name, content in (("a.json", "[1]"), ("b.json", "{"), ("c.json", '{"verdict": "pass"}')):
@@ -150,8 +194,9 @@ def test_what_is_no_circuit_is_none_and_what_is_damaged_is_refused(tmp_path: Pat
         assert read_drawing(tmp_path / name) is None
     (tmp_path / "d.json").write_text('{"metadata": {}, "nodes": [], "links": []}')
     (tmp_path / "e.json").write_text('{"cfg": {}, "nodes": {}, "edges": {}}')
+    (tmp_path / "f.json").write_text('{"format": "heredity circuit 1"}')
     (tmp_path / "graph.json").write_text("{}")
-    for path in (tmp_path / "d.json", tmp_path / "e.json", tmp_path):
+    for path in (tmp_path / "d.json", tmp_path / "e.json", tmp_path / "f.json", tmp_path):
         with pytest.raises(GraphError):
             read_drawing(path)
 
