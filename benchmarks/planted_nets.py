@@ -57,9 +57,16 @@ class PlantedNet:
 
 
 def planted(
-    seed: int, *, layers: int = 4, width: int = 16, hidden: int = 32, tokens: int = 200, size: float = 1.0
+    seed: int,
+    *,
+    layers: int = 4,
+    width: int = 16,
+    hidden: int = 32,
+    tokens: int = 200,
+    size: float = 1.0,
+    bias: float = -0.3,
 ) -> PlantedNet:
-    """A random net; ``size`` is how much a layer writes, as a share of what it reads."""
+    """A random net; ``size`` is how much a layer writes, ``bias`` how seldom units are active."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -68,7 +75,7 @@ def planted(
     return PlantedNet(
         embedding=draw(tokens, width),
         W=draw(layers, width, hidden) / width**0.5,
-        b=0.3 * draw(layers, hidden) - 0.3,
+        b=0.3 * draw(layers, hidden) + bias,
         out=size * draw(layers, hidden, width) * (2 / hidden) ** 0.5,
         readout=draw(width, 2) / width**0.5,
     )
