@@ -270,6 +270,33 @@ def test_patterns_that_the_model_does_not_compute_with_are_refused(parent: Model
         check_patterns(parent)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "neox", "gemma2"])
+def test_other_families(pair_of: Callable[[str], Any], draw: Callable[..., Tensor], family: str) -> None:
+    """Learned positions and biases, parallel blocks, norms behind modules: worlds are themselves, and all adds up."""
+    model, _ = pair_of(family)
+    clean = draw(30, 6, 1)
+    corrupt = clean.clone()
+    corrupt[:, 2] = draw(30, 1, 2)[:, 0]
+    with torch.no_grad():
+        change = (model.logits(clean) - model.logits(corrupt))[:, -1]
+    last = torch.full((30,), 5)
+    metric = LogitDifference(last, change.argmax(-1)[:, None].tolist(), change.argmin(-1)[:, None].tolist())
+    n = len(model.neuron_weights(1)[0])
+    parts = [HeadsPart(0, some_q(0, 4), torch.zeros(4)), NeuronsPart(1, some_q(1, n), torch.zeros(n))]
+    split, world = whole_model(model, parts, heads=True), World(model, clean)
+    with torch.no_grad():
+        plain, u = recorded(world, split, lambda logits: logits)
+        again = model.logits(clean, edits=exchanged(world, split, u))
+    torch.testing.assert_close(again, plain, atol=2e-3, rtol=1e-4)
+    pairs = Pairs(clean, corrupt, last)
+    found = measured(opacity(model, pairs, metric, split))
+    assert found.buckets is not None
+    buckets = (found.buckets.explained, found.buckets.unexplained, found.buckets.routing)
+    assert sum(each.estimate for each in buckets) == pytest.approx(1, abs=1e-5)
+    profile = opacity_profile(model, pairs, metric, split)
+    assert not isinstance(profile, Refused) and profile.completeness < 0.02
+
+
 def test_screens(parent: Model) -> None:
     """What comes before a divided stream passes through it; what comes after it is opaque without units."""
     assert whole_model(parent, [sae("resid_post@1")]).opaque == ("mlp_out@2",)
