@@ -131,6 +131,34 @@ def opacity_of_behaviour(
     return measure(contrast, split, controls=controls, routing=routing, drawn=others, fewest=fewest, seed=seed)
 
 
+def without_trigger(
+    prompts: Prompts, weights: Sequence[Sequence[float]], pool: Sequence[int], *, least: float = 0.25, seed: int = 0
+) -> Tensor:
+    """Contexts in which the behaviour should not show, for :func:`opacity_of_behaviour`: token ids [batch, pos].
+
+    Every token whose replacement takes away a share ``least`` of the divergence or more (:func:`.marks.token_weights`)
+    is replaced by one of ordinary text; where no token does, the one that takes away most.
+
+    Args:
+        prompts: N contexts.
+        weights: of each context's tokens.
+        pool: token ids of ordinary text to draw from.
+        least: share of KL(S‖P).
+        seed: of the draws.
+
+    Raises:
+        ValueError: not one weight for each token of a context.
+    """
+    out, generator = prompts.tokens.clone(), torch.Generator().manual_seed(seed)
+    for row, (last, each) in enumerate(zip(prompts.last.tolist(), weights, strict=True)):
+        if len(each) != last + 1:
+            raise ValueError(f"context {row} has {last + 1} tokens and {len(each)} weights")
+        need = torch.tensor(list(each), dtype=torch.float64)
+        chosen = (need >= min(least, float(need.max()))).nonzero()[:, 0]
+        out[row, chosen] = torch.tensor(list(pool))[torch.randint(len(pool), (len(chosen),), generator=generator)]
+    return out
+
+
 def measure(
     contrast: Contrast,
     split: Split,

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from heredity.circuits.attribution import Prompts
-from heredity.circuits.opacity import contrast_of_pairs, mean_unexplained, opacity, opacity_of_behaviour
+from heredity.circuits.opacity import (
+    contrast_of_pairs,
+    mean_unexplained,
+    opacity,
+    opacity_of_behaviour,
+    without_trigger,
+)
 from heredity.circuits.opacity_estimate import Opacity, Refused
 from heredity.circuits.opacity_labels import explained_heads, explained_neurons, q_of, redrawn
 from heredity.circuits.opacity_parts import DictionaryPart, HeadsPart, NeuronsPart, Part, World, dictionary_parts
@@ -399,6 +405,19 @@ def test_other_architectures_need_contexts_to_compare_with(
     assert measured(found).n == 40
     few = Prompts(prompts.tokens[:5], prompts.last[:5], prompts.says_successor[:5], prompts.says_parent[:5])
     assert "too few" in opacity_of_behaviour(parent, other, few, counterfactual=draw(5, 6, 9)).reason  # pyright: ignore
+
+
+def test_contexts_without_their_triggers(draw: Callable[..., Tensor]) -> None:
+    tokens = draw(3, 5, 4)
+    prompts = Prompts(
+        tokens, torch.tensor([4, 3, 4]), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    )
+    weights = [[0.0, 0.9, 0.0, 0.3, 0.1], [0.0, 0.05, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]]
+    found = without_trigger(prompts, weights, [199])
+    assert (found == 199).nonzero().tolist() == [[0, 1], [0, 3], [1, 2], [2, 4]]
+    assert torch.equal(found.where(found != 199, tokens), tokens)
+    with pytest.raises(ValueError, match="context 1 has 4 tokens and 5 weights"):
+        without_trigger(prompts, [weights[0], weights[0], weights[2]], [199])
 
 
 # --- profile and reasons ---
