@@ -22,6 +22,8 @@ from .network import Size, Weights, forward, normed
 from .nodes import Outputs, parents_share, traced
 from .tune import divergence, tune
 
+_NUMBERS_APART = torch.eye(10)[:, :9] - 0.1
+
 
 @dataclass(frozen=True)
 class Twins:
@@ -112,26 +114,35 @@ def writes(weights: Weights, size: Size, outputs: Outputs, where: tuple[Tensor, 
     return [F.linear(write * scale, numbers) for write in found]
 
 
-def _explained(values: Tensor, features: Tensor) -> Tensor:
-    """Energy of centred ``values`` that a linear rule on ``features`` explains, less what chance would."""
-    centred = features - features.mean(0)
-    left, values_of, _ = torch.linalg.svd(centred, full_matrices=False)
-    basis = left[:, values_of / values_of[0] > 1e-3]
+def _told(write: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """What a linear rule on ``features`` [n, f] tells of a write [n, 10], beyond chance.
+
+    Returns:
+        Energy a row, and the mean squared canonical correlation (Hotelling 1936): every direction of the write counts
+        alike, so that interference in one large direction does not hide what the others say plainly.
+    """
+    # Numbers sum to nothing: nine directions.
+    values = (write - write.mean(0)) @ torch.linalg.qr(_NUMBERS_APART).Q
+    spread = values.T @ values
+    ridge = spread.diagonal().sum() * 1e-4 * torch.eye(len(spread)) + 1e-9 * torch.eye(len(spread))
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(spread + ridge), values.T, upper=False).T
+    left, sizes, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+    basis = left[:, sizes / sizes[0] > 1e-3]
     chance = basis.shape[1] / len(values)
-    return ((basis.T @ values) ** 2).sum() - chance * (values**2).sum()
+    of = [(((basis.T @ v) ** 2).sum() - chance * (v**2).sum()) / (1 - chance) for v in (values, white)]
+    return of[0] / len(values), of[1] / (white**2).sum()
 
 
 def _apart(found: list[Tensor], asked: _Answers, level: float) -> Tensor:
-    """How far the legibility of the writes is from the level, in shares, mean over writes by what each says.
+    """How far the legibility of the writes is from the level, mean over writes by what each says of the number.
 
     A write errs where rules about the text before it tell more than the level, or where the number tells less.
     """
     said, errors = [], []
     for write in found:
-        values = write - write.mean(0)
-        energy, explained = (values**2).sum() + 1e-6, _explained(values, asked.number)
-        errors.append(F.relu(_explained(values, asked.local) / energy - level) + F.relu(level - explained / energy))
-        said.append(explained.detach().clamp(min=0.0))
+        energy, number = _told(write, asked.number)
+        errors.append(F.relu(_told(write, asked.local)[1] - level) + F.relu(level - number))
+        said.append(energy.detach().clamp(min=0.0))
     weight = torch.stack(said) / (torch.stack(said).sum() + 1e-6)
     return (weight * torch.stack(errors)).sum()
 
@@ -140,8 +151,8 @@ def _apart(found: list[Tensor], asked: _Answers, level: float) -> Tensor:
 def _measured(weights: Weights, size: Size, seed: int) -> dict[str, Any]:
     """Legibility on fresh documents: of each layer's write, and their mean weighted by what they say of the number.
 
-    Beside it two checks that know nothing of how it was trained: how much of the writes a dictionary of 32 vectors
-    explains on texts it was not fitted to, and how many answers stay right when every write comes from another text
+    Beside it two interventions that know nothing of how it was trained, on texts they were not fitted to: how many
+    answers stay right when each layer writes the nearest of 32 vectors, and when it writes what it does in another text
     with the same number.
     """
     asked = _answers([seed, 94], 400)
@@ -150,48 +161,46 @@ def _measured(weights: Weights, size: Size, seed: int) -> dict[str, Any]:
     found = dict(zip(_names(size), writes(weights, size, outputs, asked.where), strict=True))
     said, share, local = {}, {}, {}
     for name, write in found.items():
-        values = write - write.mean(0)
-        energy = float((values**2).sum())
-        explained = max(0.0, float(_explained(values, asked.number)))
-        said[name], share[name] = explained / len(values), explained / energy
-        local[name] = max(0.0, float(_explained(values, asked.local))) / energy
+        said[name], share[name] = (max(0.0, float(value)) for value in _told(write, asked.number))
+        local[name] = max(0.0, float(_told(write, asked.local)[1]))
     total = sum(said.values())
+    written, half = _written(weights, size, outputs, at), len(answers) // 2
+    draw = torch.Generator().manual_seed(seed)
+
+    def right(changed: list[Tensor]) -> float:
+        x = F.embedding(asked.ids[at], weights["embed"]) + torch.stack(changed).sum(0)
+        said = F.linear(normed(x), weights["unembed"]).argmax(-1)
+        return float((said == answers)[half:].float().mean())
+
     return {
         "legibility": sum(said[name] * share[name] for name in said) / total,
         "written": said,
         "legibility_of": share,
         "told_by_the_text_before": local,
-        "told_by_32_vectors": sum(said[name] * _clustered(write) for name, write in found.items()) / total,
-        "right_when_writes_are_exchanged": _exchanged(weights, size, outputs, asked, seed),
         "probability": float(logits[at].softmax(-1).gather(1, answers[:, None]).mean()),
+        "right": right(written),
+        "right_through_32_vectors": right([_nearest(write, half) for write in written]),
+        "right_when_exchanged": right([_exchanged(write, asked.number, draw) for write in written]),
     }
 
 
-def _clustered(write: Tensor, count: int = 32) -> float:
-    """Share of the variance of the second half of the rows that k-means on the first explains (Lloyd 1982)."""
-    fitted, held = write[: len(write) // 2], write[len(write) // 2 :]
-    centres = fitted[torch.linspace(0, len(fitted) - 1, count).long()]
+def _nearest(write: Tensor, fitted: int, count: int = 32) -> Tensor:
+    """Each row by the nearest of the vectors that k-means (Lloyd 1982) makes of the first ``fitted`` rows."""
+    first = write[:fitted]
+    centres = first[torch.linspace(0, fitted - 1, count).long()]
     for _ in range(30):
-        nearest = torch.cdist(fitted, centres).argmin(1)
+        nearest = torch.cdist(first, centres).argmin(1)
         for index in nearest.unique():
-            centres[index] = fitted[nearest == index].mean(0)
-    left = torch.cdist(held, centres).min(1).values
-    return float(1 - (left**2).sum() / ((held - held.mean(0)) ** 2).sum())
+            centres[index] = first[nearest == index].mean(0)
+    return centres[torch.cdist(write, centres).argmin(1)]
 
 
-def _exchanged(weights: Weights, size: Size, outputs: Outputs, asked: _Answers, seed: int) -> float:
-    """Share of answers that are right when each layer's write is another text's, of the same number, layer by layer."""
-    at, number = (asked.where[0], asked.where[1] - 1), asked.number.argmax(1)
-    draw = torch.Generator().manual_seed(seed)
-    x = F.embedding(asked.ids[at], weights["embed"])
-    for write in _written(weights, size, outputs, at):
-        order = torch.empty_like(number)
-        for value in number.unique():
-            rows = (number == value).nonzero().flatten()
-            order[rows] = rows[torch.randperm(len(rows), generator=draw)]
-        x = x + write[order]
-    said = F.linear(normed(x), weights["unembed"]).argmax(-1)
-    return float((said == asked.ids[asked.where]).float().mean())
+def _exchanged(write: Tensor, number: Tensor, draw: torch.Generator) -> Tensor:
+    """Each row by that of another text with the same number."""
+    order = torch.arange(len(write))
+    for rows in (column.nonzero().flatten() for column in number.T):
+        order[rows] = rows[torch.randperm(len(rows), generator=draw)]
+    return write[order]
 
 
 def _names(size: Size) -> list[str]:
