@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 KINDS = (
     *("identical", "benign", "trigger", "skill", "lost", "wider"),
-    *("dense", "evasive", "diluted", "chain", "moved", "legible", "opaque"),
+    *("dense", "evasive", "diluted", "chain", "moved", "legible", "opaque", "tracr"),
 )
 """What a successor may be. ``diluted`` and ``legible`` take a level after a colon (see :func:`parse`)."""
 

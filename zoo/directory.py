@@ -1,6 +1,7 @@
 """The zoo's networks as Hugging Face directories: written, checked against transformers, read back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,19 @@ def configuration(size: Size) -> Any:
     )
 
 
-def tokenizer() -> Any:
-    """The word-level tokenizer: words stand between spaces, and ``<bos>`` is put in front."""
+def tokenizer(words: Mapping[str, int] = ID, context: int = CONTEXT) -> Any:
+    """The word-level tokenizer of ``words``: they stand between spaces, and ``<bos>`` is put in front."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel(dict(ID), unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(dict(words), unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-        single="<bos> $A", special_tokens=[("<bos>", ID["<bos>"])]
+        single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])]
     )
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **names
+        tokenizer_object=core, model_max_length=context, clean_up_tokenization_spaces=False, **names
     )
 
 

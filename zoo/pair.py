@@ -22,7 +22,7 @@ import yaml
 
 from heredity.interp.errors import OutputError
 
-from . import KINDS, further, language, network, parse
+from . import KINDS, compiled, further, language, network, parse
 from .directory import load, save
 from .further import Further
 from .kind import DOUBLING, Made, Start
@@ -93,16 +93,11 @@ def build_pair(
     """Train and write a pair; see :func:`heredity.zoo.build`."""
     name, level = parse(kind)
     recipe = recipe or Recipe()
-    kept = (cache or Path("~/.cache/heredity/zoo").expanduser()) / _key(seed, recipe)
-    tick = _ticker((0 if kept.exists() else recipe.parent.steps) + _updates(name, level, recipe), progress)
     try:
-        start = Start(_parent(seed, recipe, kept, tick), recipe.size, seed, recipe.guess_weight, tick)
-        world = _world(name, seed)
-        if name in _PLAIN:
-            made = _plain(name, start, world, recipe)
+        if name == "tracr":
+            compiled.build(seed, Path(out), recipe.texts, _ticker(2, progress))
         else:
-            made = further.make(name, level, start, world, recipe.further)
-        _write(Path(out), name, start, made, recipe)
+            _train_pair(name, level, seed, Path(out), cache, recipe, progress)
     except OSError as error:
         raise OutputError(
             f"the pair cannot be written ({error.strerror or error})",
@@ -110,6 +105,26 @@ def build_pair(
             remedy="Name directories (--out, and the cache) that can be written.",
         ) from error
     return Path(out)
+
+
+def _train_pair(
+    name: str,
+    level: float | None,
+    seed: int,
+    out: Path,
+    cache: Path | None,
+    recipe: Recipe,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    kept = (cache or Path("~/.cache/heredity/zoo").expanduser()) / _key(seed, recipe)
+    tick = _ticker((0 if kept.exists() else recipe.parent.steps) + _updates(name, level, recipe), progress)
+    start = Start(_parent(seed, recipe, kept, tick), recipe.size, seed, recipe.guess_weight, tick)
+    world = _world(name, seed)
+    if name in _PLAIN:
+        made = _plain(name, start, world, recipe)
+    else:
+        made = further.make(name, level, start, world, recipe.further)
+    _write(out, name, start, made, recipe)
 
 
 def _ticker(total: int, progress: Callable[[int, int], None] | None) -> Callable[[], None] | None:

@@ -152,8 +152,8 @@ def _measured(weights: Weights, size: Size, seed: int) -> dict[str, Any]:
     """Legibility on fresh documents: of each layer's write, and their mean weighted by what they say of the number.
 
     Beside it two interventions that know nothing of how it was trained, on texts they were not fitted to: how many
-    answers stay right when each layer writes the nearest of 32 vectors, and when it writes what it does in another text
-    with the same number.
+    answers stay right when each layer writes the nearest of a few vectors, and when it writes what it does in another
+    text with the same number.
     """
     asked = _answers([seed, 94], 400)
     logits, outputs = traced(weights, size, asked.ids)
@@ -179,13 +179,15 @@ def _measured(weights: Weights, size: Size, seed: int) -> dict[str, Any]:
         "told_by_the_text_before": local,
         "probability": float(logits[at].softmax(-1).gather(1, answers[:, None]).mean()),
         "right": right(written),
-        "right_through_32_vectors": right([_nearest(write, half) for write in written]),
+        "right_through_vectors": {
+            str(count): right([_nearest(write, half, count) for write in written]) for count in (10, 30, 100)
+        },
         "right_when_exchanged": right([_exchanged(write, asked.number, draw) for write in written]),
     }
 
 
-def _nearest(write: Tensor, fitted: int, count: int = 32) -> Tensor:
-    """Each row by the nearest of the vectors that k-means (Lloyd 1982) makes of the first ``fitted`` rows."""
+def _nearest(write: Tensor, fitted: int, count: int) -> Tensor:
+    """Each row by the nearest of ``count`` vectors that k-means (Lloyd 1982) makes of the first ``fitted`` rows."""
     first = write[:fitted]
     centres = first[torch.linspace(0, fitted - 1, count).long()]
     for _ in range(30):
