@@ -99,7 +99,10 @@ def lacking(measured: Power | NotMeasured, null: Null | NotMeasured, policy: Pol
     if measured.visible is not None and measured.visible <= policy.visible_nats:
         return None
     wanted = f"{share(measured.seen_share)} of {count(len(measured.canaries), 'planted circuit')}"
-    seen = "not at any size tried" if measured.visible is None else f"only from {measured.visible:.3g} nats on"
+    if measured.visible is None:
+        seen = f"Fewer than {wanted} were seen at any size tried"
+    else:
+        seen = f"{wanted} were seen only from {measured.visible:.3g} nats on"
     largest = max(null.largest_effects, default=0.0) if isinstance(null, Null) else 0.0
     if largest >= policy.visible_nats:
         remedy = (
@@ -108,7 +111,7 @@ def lacking(measured: Power | NotMeasured, null: Null | NotMeasured, policy: Pol
         )
     else:
         remedy = "use a larger budget, or text that repeats more of its contexts"
-    return f"{wanted} were seen {seen}; the policy asks for {policy.visible_nats:g} nats. To support a pass, {remedy}."
+    return f"{seen}; the policy asks for {policy.visible_nats:g} nats. To support a pass, {remedy}."
 
 
 def _unconfirmed(finding: Finding) -> str:
