@@ -198,14 +198,6 @@ PROGRAMS = {
             6, 2, 6, 2, tuple(range(2, 6)), _uniform(6, 6),
         ),
         Program(
-            "histogram",  # how often the current token came before
-            {
-                "matches": Variable("attn_head@0.2", (TOKENS,), lambda v: _before(v[TOKENS]).sum(-1)),
-                "number": Variable("mlp_out@0", ("matches",), lambda v: v["matches"].clamp_max(3)),
-            },
-            5, 4, 6, 2, tuple(range(1, 6)), _uniform(5, 6),
-        ),
-        Program(
             "ioi",  # duplicate head, inhibition head, name mover
             {
                 "repeated": Variable("attn_head@0.1", (TOKENS,), _slot_repeated),

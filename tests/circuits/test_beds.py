@@ -48,7 +48,7 @@ def test_the_hand_set_head_copies_what_followed(sharpness: float, known: Any) ->
         assert torch.equal(model.logits(tokens)[:, -1].argmax(-1), answers)
 
 
-@pytest.mark.parametrize("name", ["count", "induction", "seen", "shift", "sum", "change", "histogram", "ioi"])
+@pytest.mark.parametrize("name", ["count", "induction", "seen", "shift", "sum", "change", "ioi"])
 def test_trained_parts_hold_their_variables_and_others_nothing(name: str, known: Any) -> None:
     """Strict interchange on fresh prompts, by exchanging what parts write."""
     from heredity.circuits.edge_patching import written
