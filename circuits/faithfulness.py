@@ -2,10 +2,10 @@
 
     f(C) = ( m(C) − m(∅) ) / ( m(M) − m(∅) )
 
-M is the whole model, ∅ no edge; a circuit of nodes has all edges out of them. CPR is the area under f, with edges taken
-by signed score; CMD the area under |1 − f|, with edges taken by absolute score (MIB, Mueller et al. 2504.13151). Both are
-over the **measured** size of the circuits as a share of all edges, after edges that lie on no path from the embedding to
-the logits are dropped; published tables that use the requested share differ.
+M is the whole model, ∅ no edge; a circuit of nodes has all edges out of them. CPR is the area under f, with edges
+taken by signed score; CMD the area under |1 − f|, with edges taken by absolute score (MIB, Mueller et al. 2504.13151).
+Both are over the **measured** size of the circuits as a share of all edges, after edges that lie on no path from the
+embedding to the logits are dropped; published tables that use the requested share differ.
 """
 
 from collections.abc import Callable, Sequence

@@ -42,7 +42,7 @@ def circuit(
     if estimate:
         from .circuit_estimate import estimate_circuit
 
-        found = estimate_circuit(model, task, pairs, target)
+        found = estimate_circuit(model, task, pairs)
         text = json.dumps(found.as_dict(), indent=1) if json_out else found.in_words()
         Output().print(Text(text), soft_wrap=True)
         return

@@ -6,6 +6,7 @@ generator, so that the same task, tokenizer, number and seed give the same promp
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -229,6 +230,13 @@ def _drawn(task: Task, fillers: dict[str, list[Filler]], draws: int, seed: int) 
             for slot, k in zip(slots, rng.permutation(len(fillers[name]))[: len(slots)], strict=True):
                 values[slot] = fillers[name][k]
         yield f"template {number + 1}", _filled(task.templates[number], values)
+
+
+def samples(task: Task, n: int, *, seed: int = 0) -> list[Template]:
+    """``n`` prompts of ``task`` (or all, of fewer), whatever the tokenizer."""
+    fillers: dict[str, list[Filler]] = {name: list(group) for name, group in task.fillers.items()}
+    candidates = _drawn(task, fillers, n, seed) if task.templates else _shuffled(task, seed)
+    return [example for _, example in islice(candidates, n)]
 
 
 def _shuffled(task: Task, seed: int) -> Iterator[Origin]:
