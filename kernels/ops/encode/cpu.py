@@ -182,7 +182,10 @@ def _batch_top(tiles: _Tiles, count: int) -> Found:
     for first in range(0, tiles.n_tokens, TOKENS):
         rows = slice(first, min(first + TOKENS, tiles.n_tokens))
         for columns in tiles.columns():
-            found = tiles.search(tiles.fill(rows, columns), floor, columns)
+            score = tiles.fill(rows, columns)
+            if not parts:
+                floor = _floor_of_all(score, count)
+            found = tiles.search(score, floor, columns)
             parts.append(found._replace(rows=found.rows + first))
             if sum(len(part.rows) for part in parts) > 4 * count:
                 parts = [_best_of_all(_joined(parts, tiles.pre), count)]
@@ -191,6 +194,21 @@ def _batch_top(tiles: _Tiles, count: int) -> Found:
     best = _best_of_all(_joined(parts, tiles.pre), count)
     order = torch.argsort(best.rows * tiles.n_latents + best.latents)
     return Found(*(column[order] for column in best))
+
+
+def _floor_of_all(score: Tensor, count: int) -> float:
+    """A number that at least ``count`` of these scores exceed (0, where fewer are known to be above it).
+
+    As :func:`_first_floor`, for all rows together.
+    """
+    n_rows, width = score.shape
+    size = max((s for s in (16, 8, 4, 2) if n_rows * (width // s) >= 2 * count), default=0)
+    if not size:
+        return 0.0
+    groups = width // size
+    maxima = score[:, : groups * size].unflatten(1, (size, groups)).amax(1).flatten()
+    kth = maxima.kthvalue(len(maxima) - count + 1).values
+    return max(0.0, float(torch.nextafter(kth, kth.new_full((), -torch.inf))))
 
 
 def _best_of_all(found: Found, count: int) -> Found:
