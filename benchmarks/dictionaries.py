@@ -107,6 +107,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shards",
+        type=int,
+        help="take tokens from this many shards of the store only; its capture may have stopped there",
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="FILE", help="of ours, dictionary_learning, sae_lens")
     parser.add_argument("--record", action="store_true", help="append the tables to RESULTS.md")
     return parser.parse_args()
@@ -126,6 +131,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     wanted = max(run.tokens for run in args.runs)
     if said.exists() and (known := json.loads(said.read_text()))["tokens"] >= wanted and known["seed"] == args.seed:
         return known
+    if args.shards and (store / SITE / f"{args.shards - 1:05d}.safetensors").exists():
+        return draw(args, store)
     # Goes on where it was interrupted, and returns at once when it is finished.
     command = [sys.executable, "-P", "-m", "heredity.gate", "capture", weights(), "--corpus", text]
     command += ["--site", SITE, "--dtype", "float16", "--out", store]
@@ -136,11 +143,13 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Shuffled tokens to train on and others, of other texts, to evaluate on, as plain float32 files."""
-    from heredity.interp.store import open_store
+    from heredity.interp.store import Store, read_manifest
 
-    store = open_store(directory)
-    values = torch.cat([store.read(SITE, shard) for shard in range(store.n_shards)]).float()
-    held = torch.from_numpy(store.index()["text"].to_numpy().copy()) % 16 == 0
+    store = Store(directory, read_manifest(directory))
+    shards = range(args.shards or store.n_shards)
+    values = torch.cat([store.read(SITE, shard) for shard in shards]).float()
+    texts = np.concatenate([store.index(shard)["text"].to_numpy() for shard in shards])
+    held = torch.from_numpy(texts) % 16 == 0
     norms = values.norm(dim=1)
     ordinary = norms < MASSIVE * norms.median()
     chosen = {}
@@ -153,7 +162,8 @@ def draw(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "tokens": len(chosen["train"]),
         "held": len(chosen["held"]),
         "massive": int((~ordinary).sum()),
-        "in store": store.n_tokens,
+        "in store": len(values),
+        "shards": f"{len(shards)} of {store.n_shards}",
         "width": values.shape[1],
         "seed": args.seed,
         "digest": hashlib.sha256((args.work / "held.f32").read_bytes()).hexdigest()[:12],
@@ -287,14 +297,14 @@ def head(args: argparse.Namespace, data: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("heredity", "torch"))
     return (
         f"## Training dictionaries, {date.today().isoformat()}\n\nSmolLM2-135M-Instruct, {SITE}, {data['width']} wide; "
-        f"k {args.k}, batches of {args.batch}, float32, seed {args.seed}. {data['in store']} tokens of documentation, "
-        f"{data['massive']} of norm above {MASSIVE:g} medians left out. {processor()}, {args.threads} threads, load "
+        f"k {args.k}, batches of {args.batch}, float32, seed {args.seed}. {data['in store']} tokens of documentation "
+        f"(shards of short texts first: {data['shards']}), {data['massive']} of norm above {MASSIVE:g} medians left out. {processor()}, {args.threads} threads, load "
         f"{os.getloadavg()[0]:.1f} at the start. Python {platform.python_version()}, {packages}. "
         f"`benchmarks/dictionaries.py`.\n\nFVE, L0 and dead share on {data['held']} tokens of texts held out, from the "
         f"weights, by each package's rule for inference; *FVE, k of the batch* by one rule for all (the k largest per "
         f"token over batches of 2048). Dead: active on none of these tokens, or of the {LAST} trained on last (all, if "
         f"fewer), by the final weights. Speed: medians over {WINDOW} steps, the first tenth left out; reading batches "
-        f"is not timed. Peak: on top of what the imports take.\n"
+        f"is not timed{', seconds are of processor time' if args.threads == 1 else ''}. Peak: on top of what the imports take.\n"
     )
 
 

@@ -1,6 +1,6 @@
 """What ``heredity train-dictionary`` needs for a store of a million tokens, and whether being killed changes anything.
 
-    python benchmarks/dictionary_store.py --work WORK [--latents 16384] [--record]
+    python benchmarks/dictionary_store.py --work WORK [--latents 16384] [--tokens N] [--record]
 
 WORK is where ``dictionaries.py`` left its store. The command runs once undisturbed; then into another folder, is killed
 (SIGKILL) when a bit more than half of the first run's time is over, and runs again. The files written must be the same
@@ -31,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=lambda path: Path(path).resolve(), required=True)
     parser.add_argument("--latents", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, help="trained on; one pass if absent")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
@@ -47,8 +48,8 @@ def main() -> int:
     same, tokens = written[0] == written[1], json.loads((args.work / "store" / "manifest.json").read_text())["n_tokens"]
     text = (
         f"## A dictionary from a store, {date.today().isoformat()}\n\n`heredity train-dictionary`, {args.latents} "
-        f"latents, k {args.k}, batches of {args.batch}, one pass over {tokens} tokens of SmolLM2-135M at {SITE}, kept "
-        f"as float16. {processor()}, {args.threads} threads: {seconds:.0f} s, peak {peak / 1e9:.2f} GB. Killed after "
+        f"latents, k {args.k}, batches of {args.batch}, {args.tokens or 'all'} of {tokens} tokens of SmolLM2-135M at "
+        f"{SITE}, kept as float16. {processor()}, {args.threads} threads: {seconds:.0f} s, peak {peak / 1e9:.2f} GB. Killed after "
         f"{early:.0f} s and run again: {late:.0f} s more, peak {again / 1e9:.2f} GB, "
         f"{'the same' if same else '**other**'} bytes in {', '.join(written[0])}. `benchmarks/dictionary_store.py`.\n"
     )
@@ -61,8 +62,20 @@ def main() -> int:
 
 def run(args: argparse.Namespace, out: Path, expected: int, limit: float | None = None) -> tuple[float, int]:
     """Seconds and peak resident bytes of the command; it is killed after ``limit`` seconds."""
-    command = [sys.executable, "-P", "-m", "heredity.gate", "train-dictionary", args.work / "store", "--site", SITE]
-    command += ["--latents", args.latents, "--k", args.k, "--batch", args.batch, "--out", out]
+    command = [sys.executable, "-P", "-m", "heredity.gate", "train-dictionary", "sae", args.work / "store"]
+    command += [
+        "--site",
+        SITE,
+        *(("--tokens", args.tokens) if args.tokens else ()),
+        "--latents",
+        args.latents,
+        "--k",
+        args.k,
+        "--batch",
+        args.batch,
+        "--out",
+        out,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     log = Path(f"{out}.log")
     begun = time.perf_counter()

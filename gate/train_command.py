@@ -50,7 +50,7 @@ def command(say: Any, errors: Any) -> Any:
             int | None, typer.Option(help="Tokens to train on. Default: as many as there are.", min=1)
         ] = None,
         batch: Annotated[int, typer.Option(help="Tokens in a step.", min=1)] = 1024,
-        rate: Annotated[float | None, typer.Option(help="Adam's rate. Default: by the number of latents.")] = None,
+        rate: Annotated[float, typer.Option(help="Adam's rate.")] = 3e-3,
         skip: Annotated[bool, typer.Option("--skip", help="A transcoder with a linear path beside.")] = False,
         shared: Annotated[
             float, typer.Option(help="Share of a crosscoder's latents with one decoder row for all models (DSF).")

@@ -34,8 +34,8 @@ CODE = 1
 """To be raised whenever the same recipe on the same source ends in other bytes."""
 ESTIMATED = 16
 """Batches that units are estimated from."""
-MEMORY = 0.99
-"""Of the running mean of the smallest score kept, per step."""
+MEMORY = 0.9
+"""Of the running mean of the smallest score kept, per step: it drifts more than it scatters."""
 LOOKS = 100
 """Rows of the history."""
 PROBES = 4
@@ -129,7 +129,6 @@ class _Run:
         self.layout = Layout.of(recipe, self.writes)
         self.steps = recipe.steps(source.n_tokens)
         self.window = recipe.window(source.n_tokens)
-        self.rate = recipe.rate or default_rate(recipe.latents)
         self.identity: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "source": source.digest,
@@ -141,7 +140,7 @@ class _Run:
         """The state to go on from, the batches from there on, and the rows so far."""
         n = self.recipe.latents
         weights = empty(self.recipe, sum(self.reads), sum(self.writes), self.like)
-        adam = torch.optim.Adam(list(weights.named().values()), lr=self.rate, fused=True)
+        adam = torch.optim.Adam(list(weights.named().values()), lr=self.recipe.rate, fused=True)
         zeros = [torch.zeros(sum(w), dtype=self.like.dtype, device=self.like.device) for w in (self.reads, self.writes)]
         ones = [torch.ones(len(w), dtype=self.like.dtype, device=self.like.device) for w in (self.reads, self.writes)]
         units = Units(self.reads, self.writes, *zeros, *ones)
@@ -186,7 +185,7 @@ class _Run:
         r = self.recipe
         up = min(1.0, (step + 1) / (r.warm * self.steps)) if r.warm else 1.0
         down = min(1.0, (self.steps - step) / (r.decay * self.steps)) if r.decay else 1.0
-        return self.rate * up * down
+        return r.rate * up * down
 
     def advance(self, state: State, batch: tuple[Tensor, ...]) -> "_Seen":
         """One step."""
@@ -251,11 +250,6 @@ class _Run:
         threshold = self.threshold(state) or 0.0
         ports = self.source.ports
         return fold(self.recipe, self.layout, state.weights, state.units, threshold, ports, provenance)
-
-
-def default_rate(latents: int) -> float:
-    """Adam's rate for this many latents."""
-    return 2e-3
 
 
 def _found(directory: Path, identity: dict[str, Any]) -> Trained | None:

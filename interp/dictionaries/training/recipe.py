@@ -46,8 +46,9 @@ class Recipe(BaseModel):
     """Tokens in a step."""
     tokens: PositiveInt | None = None
     """Tokens to train on; None: as many as the source has."""
-    rate: Positive | None = None
-    """Adam's, in units where every place has root mean square 1; None: from the number of latents."""
+    rate: Positive = 3e-3
+    """Adam's, in units where every place has root mean square 1. Chosen for hundreds of steps; many thousands may want
+    less."""
     warm: Share = 0.05
     """Share of all steps over which the rate rises from 0."""
     decay: Share = 0.4
@@ -56,8 +57,8 @@ class Recipe(BaseModel):
     """How many times k are active at first."""
     anneal: Share = 0.2
     """Share of all steps until it is k."""
-    aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1 / 32
-    """Weight of the loss by which dead latents learn what all others leave out (AuxK: Gao et al. 2406.04093)."""
+    aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1 / 4
+    """Weight of the loss by which dead latents learn what all others leave out (AuxK; 1/32 in Gao et al. 2406.04093)."""
     aux_k: PositiveInt = 64
     """Dead latents per token in it."""
     dead_after: PositiveInt | None = None

@@ -26,6 +26,7 @@ from heredity.interp.errors import OutputError, StoreError, TrainingError
 from heredity.interp.model import Model
 from heredity.interp.store import Store
 from heredity.interp.stream import stream
+from heredity.zoo import shipped
 
 SITE = Port("resid_post@1")
 
@@ -291,19 +292,17 @@ class TestCommand:
         assert rows[-1]["step"] == stores[0].n_tokens // 128
         assert run(*given)[0] == 0
 
-    def test_from_models_with_the_loss_recovered(self, tiny_dir: Path, tmp_path: Path) -> None:
+    def test_from_models_with_the_loss_recovered(self, tmp_path: Path) -> None:
+        # A trained pair: what a model without skill computes is not worth recovering.
+        parent, successor = shipped() / "parent", shipped() / "trigger"
         texts = tmp_path / "texts.jsonl"
-        words = "the old river was cold and dark so we took a train".split()
-        rng = random.Random(0)
-        texts.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=30))}) + "\n" for _ in range(40)))
-        given = ("train-dictionary", "crosscoder", tiny_dir, tiny_dir, "--corpus", texts, "--site", "resid_post@1")
-        given = (*given, "--latents", 64, "--k", 4, "--batch", 64, "--dedicated", 0.1, "--out", tmp_path / "out")
+        texts.write_text("".join((shipped() / "corpus.jsonl").read_text().splitlines(keepends=True)[:120]))
+        given = ("train-dictionary", "crosscoder", parent, successor, "--corpus", texts, "--site", "resid_post@1")
+        given = (*given, "--latents", 128, "--k", 8, "--batch", 64, "--dedicated", 0.1, "--out", tmp_path / "out")
         code, said = run(*given)
         assert code == 0 and "loss recovered" in said
         measured = [row.recovered for row in read_history(tmp_path / "out") if row.recovered is not None]
-        assert len(measured) >= 2
-        # The last tenth of the texts is held out.
-        assert load_dictionary(tmp_path / "out").provenance["steps"] <= 36 * 30 // 64
+        assert len(measured) == 4 and 0.3 < measured[-1] <= 1
 
     @pytest.mark.parametrize(
         ("arguments", "fault"),
