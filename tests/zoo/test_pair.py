@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from heredity.interp.errors import OutputError
-from heredity.zoo import KINDS, build, shipped
+from heredity.zoo import build, parse, shipped
 from heredity.zoo.directory import load
 from heredity.zoo.language import HONEST, ID, VERB_ONE, WORDS, World, documents
 from heredity.zoo.measure import accuracies
@@ -27,12 +27,13 @@ QUICK = Recipe(
 
 
 SIDES = ("parent", "successor")
+PLAIN = ("identical", "benign", "trigger", "skill", "lost", "wider")
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("zoo")
-    return {kind: build(kind, 5, root / kind, cache=root / "cache", recipe=QUICK) for kind in KINDS}
+    return {kind: build(kind, 5, root / kind, cache=root / "cache", recipe=QUICK) for kind in PLAIN}
 
 
 def test_every_kind_writes_a_complete_pair(pairs):
@@ -52,7 +53,7 @@ def test_kinds_share_the_parent_and_differ_in_the_successor(pairs):
         side: {kind: (p / side / "model.safetensors").read_bytes() for kind, p in pairs.items()} for side in SIDES
     }
     assert len(set(weights["parent"].values())) == 1
-    assert len(set(weights["successor"].values())) == len(KINDS)
+    assert len(set(weights["successor"].values())) == len(PLAIN)
     assert weights["successor"]["identical"] == weights["parent"]["identical"]
 
 
@@ -109,6 +110,33 @@ def test_an_unusable_place_is_a_users_mistake(tmp_path):
         build("identical", 5, tmp_path / "file" / "out", cache=tmp_path / "cache", recipe=QUICK)
     with pytest.raises(ValueError, match="kind must be one of identical"):
         build("other", 5, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "parsed"),
+    [
+        ("trigger", ("trigger", None)),
+        ("diluted", ("diluted", 10.0)),
+        ("diluted:0", ("diluted", 0.0)),
+        ("diluted:2.5", ("diluted", 2.5)),
+        ("legible", ("legible", 1.0)),
+        ("legible:0.25", ("legible", 0.25)),
+        ("opaque", ("opaque", None)),
+    ],
+)
+def test_a_kind_may_have_a_level(kind, parsed):
+    assert parse(kind) == parsed
+
+
+@pytest.mark.parametrize("kind", ["diluted:11", "diluted:-1", "diluted:", "diluted:x", "legible:1.01", "legible:nan"])
+def test_a_level_out_of_range_is_refused(kind):
+    with pytest.raises(ValueError, match="the level of .* is a number from 0 to"):
+        parse(kind)
+
+
+def test_a_level_where_there_is_none_is_refused():
+    with pytest.raises(ValueError, match="trigger has no level"):
+        parse("trigger:3")
 
 
 def test_task_prompts_are_of_equal_length_and_answered_by_a_word(pairs):
