@@ -59,8 +59,8 @@ def main() -> None:
     start = time.monotonic()
     first, last = map(int, arguments.seeds.split(":"))
     scores: dict[tuple[str, str], list[Score]] = defaultdict(list)
-    for scenario in SCENARIOS:
-        for seed in range(first, last) if scenario.name in arguments.scenarios else ():
+    for seed in range(first, last):
+        for scenario in (each for each in SCENARIOS if each.name in arguments.scenarios):
             for method, score in judged(scenario, seed):
                 scores[method, scenario.name].append(score)
                 print(scenario.name, seed, method, score, flush=True)
@@ -83,9 +83,15 @@ def judged(scenario: Scenario, seed: int) -> Iterator[tuple[str, Score]]:
     for method, (name, criterion) in PUBLISHED.items():
         if name in trained:
             yield method, score([(trained[name], criterion(trained[name], pair))], pair)
-    for name, dictionary in trained.items():
-        yield f"{name}, our verdict", score(by_verdict([dictionary], pair), pair)
-    yield OURS, score(by_verdict([trained[name] for name in bases(trained)], pair), pair)
+    verdicts = {name: judge(dictionary, pair) for name, dictionary in trained.items()}
+    for name, (_, found) in verdicts.items():
+        yield f"{name}, our verdict", score([(trained[name], by_verdict(found))], pair)
+    first, second = bases(trained)
+    crosscoder, found = verdicts[second]
+    if crosscoder is not trained[second]:
+        found = reconciled(crosscoder, found, *verdicts[first])
+    both = (first, by_verdict(verdicts[first][1])), (second, by_verdict(found))
+    yield OURS, score([(trained[name], called) for name, called in both], pair)
 
 
 def bases(trained: dict[str, Dictionary]) -> tuple[str, str]:
@@ -122,19 +128,15 @@ def by_activation(dictionary: Dictionary, pair: Pair) -> Called:
     return {j: int(successor[j].abs() > parent[j].abs()) for j in (low < 0.2 * high).nonzero()[:, 0].tolist()}
 
 
-def by_verdict(dictionaries: list[Dictionary], pair: Pair) -> list[tuple[Dictionary, Called]]:
-    """Ours: exclusive by the verdict on either; a difference is reconciled with the crosscoder, if there is one."""
-    judged: list[tuple[Dictionary, Exclusives]] = []
-    for dictionary in dictionaries:
-        crosscoder = dictionary if dictionary.kind == "crosscoder" else paired(dictionary, in_batches(pair))
-        found = exclusives(crosscoder, in_batches(pair))
-        if crosscoder is not dictionary and judged:
-            found = reconciled(crosscoder, found, *judged[0])
-        judged.append((crosscoder, found))
-    return [
-        (dictionary, {v.latent: int(v.model == "successor") for v in found.latents if v.verdict.endswith("-only")})
-        for dictionary, found in judged
-    ]
+def judge(dictionary: Dictionary, pair: Pair) -> tuple[Dictionary, Exclusives]:
+    """The verdict, and the crosscoder it is on: a difference is read as one first."""
+    crosscoder = dictionary if dictionary.kind == "crosscoder" else paired(dictionary, in_batches(pair))
+    return crosscoder, exclusives(crosscoder, in_batches(pair))
+
+
+def by_verdict(found: Exclusives) -> Called:
+    """Ours."""
+    return {v.latent: int(v.model == "successor") for v in found.latents if v.verdict.endswith("-only")}
 
 
 Criterion = Callable[[Dictionary, Pair], Called]

@@ -69,7 +69,7 @@ def train(
     W_dec, W_enc = decoder.clone().requires_grad_(), decoder.clone().requires_grad_()
     b_enc = torch.zeros(latents, requires_grad=True)
     b_dec = x.mean(0).requires_grad_()
-    optimizer = torch.optim.Adam([W_dec, W_enc, b_enc, b_dec], lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam([W_dec, W_enc, b_enc, b_dec], lr=LEARNING_RATE, fused=True)
     weight = torch.ones(latents)
     weight[:tied] = recipe.tied_penalty
     quiet, threshold = torch.zeros(latents), 0.0
@@ -84,7 +84,7 @@ def train(
         else:
             k = recipe.k * max(1.0, 3 - 2 * step / (0.3 * steps))
             ranked = (raw * length).detach()
-            cut = float(ranked.flatten().topk(int(k * BATCH)).values[-1])
+            cut = float(ranked.flatten().topk(int(k * BATCH), sorted=False).values.min())
             threshold = 0.98 * threshold + 0.02 * cut if step > 0.5 * steps else cut
             f = raw * (ranked >= max(cut, 1e-6))
         error = batch - f @ W_dec - b_dec
@@ -95,7 +95,7 @@ def train(
             loss = loss + recipe.penalty * warmth * (f * length * weight).sum(1).mean()
         elif bool((quiet > QUIET).any()):
             revived = raw.masked_fill(quiet <= QUIET, 0)
-            best = revived.topk(min(32, latents), dim=1)
+            best = revived.topk(min(32, latents), dim=1, sorted=False)
             revived = torch.zeros_like(revived).scatter(1, best.indices, best.values)
             loss = loss + (error.detach() - revived @ W_dec).square().sum(1).mean() / 32
         optimizer.zero_grad()

@@ -213,10 +213,10 @@ class Latents:
         filled, rows = top >= 0, top.clamp_min(0)
         on, near = _occurrences(notes, found)
         score = torch.zeros(top.shape[0], dtype=torch.float64)
-        for places, worth in ((near, 1), (on, 3)):
+        for places, base in ((near, 1), (on, 3)):
             hits = (torch.from_numpy(places)[rows] & filled if len(places) else torch.zeros_like(filled)).sum(1)
             share = hits / filled.sum(1).clamp_min(1)
-            score = torch.where(hits > 0, worth + share * 0.99, score)
+            score = torch.where(hits > 0, base + share * 0.99, score)
         tokens = [token for token, name in notes.names.items() if found.search(name)]
         for effects in notes.effects:
             if effects is not None and tokens:
@@ -224,7 +224,8 @@ class Latents:
         for latent, explanation in notes.explanations.items():
             if found.search(explanation.rule):
                 score[latent] += 4
-        hits = sorted((n for n in self.numbers if score[n] > 0), key=lambda n: (-float(score[n]), n))
+        worth = score.tolist()
+        hits = sorted((n for n in self.numbers if worth[n] > 0), key=lambda n: (-worth[n], n))
         return self._of(hits, f"{self.about} that have to do with “{text}”")
 
     def sort(self, by: str = "q", *, descending: bool | None = None) -> "Latents":
@@ -238,10 +239,10 @@ class Latents:
             DictionaryError: nothing is known of the latents.
             ValueError: ``by`` is none of these, or Δnorm is asked for of a dictionary that is not of a pair.
         """
-        values = self._values(by)
+        values = self._values(by).tolist()
         largest_first = by not in _LOWEST_FIRST if descending is None else descending
         known = [number for number in self.numbers if values[number] == values[number]]
-        known.sort(key=lambda n: (-float(values[n]) if largest_first else float(values[n]), n))
+        known.sort(key=lambda n: (-values[n] if largest_first else values[n], n))
         seen = set(known)
         return self._of([*known, *(n for n in self.numbers if n not in seen)], self.about)
 
