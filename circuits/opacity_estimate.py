@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from .faithfulness import Interval
+from .intervals import Interval
 
 BOOTSTRAPS = 2000
 FEWEST = 30

@@ -29,7 +29,7 @@ from heredity.interp.model import Edit
 from heredity.interp.sites import order
 
 from .edges import path
-from .faithfulness import Interval, ratio
+from .intervals import Interval, ratio
 from .opacity_estimate import FEWEST, Refused, effect_of
 from .opacity_parts import World
 from .opacity_reasons import LinearError, dissect, known_and_every

@@ -26,7 +26,7 @@ from torch import Tensor
 from heredity.interp.model import Encoded, pad
 
 from .edges import path
-from .faithfulness import Interval, ratio
+from .intervals import Interval, ratio
 from .opacity_parts import DictionaryPart, World
 from .opacity_runs import Contrast, each_group, exchanged, recorded, with_others
 from .opacity_split import Split, Visit

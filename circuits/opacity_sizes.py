@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .faithfulness import Interval, ratio
+from .intervals import Interval, ratio
 from .opacity_estimate import FEWEST, Refused, effect_of
 from .opacity_parts import World
 from .opacity_runs import Contrast, each_group, exchanged, recorded
