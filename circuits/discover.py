@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ Progress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 
 
+@runtime_checkable
 class Steps(Protocol):
     """Runs or recalls named steps."""
 

@@ -134,9 +134,13 @@ def test_metrics_by_name_and_by_callable(tiny_model, task_file) -> None:
 def test_a_jsonl_file_is_examples_by_logit_difference(tiny_model, tmp_path: Path) -> None:
     lines = [
         {"clean": f"the {a} saw the", "counterfactual": f"the {b} saw the", "right": f" {c}", "wrong": [" sea"]}
-        for a, b, c in zip("king queen child friend teacher doctor farmer baker sailor".split(), "dog cat bird fish horse "
-        "river town house garden".split(), "bread milk salt apple book letter song story word".split(), strict=True)
-    ]  # fmt: skip
+        for a, b, c in zip(
+            "king queen child friend teacher doctor farmer baker sailor".split(),
+            "dog cat bird fish horse river town house garden".split(),
+            "bread milk salt apple book letter song story word".split(),
+            strict=True,
+        )
+    ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     task = load_task(path)
