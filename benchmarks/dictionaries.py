@@ -298,13 +298,15 @@ def head(args: argparse.Namespace, data: dict[str, Any]) -> str:
     return (
         f"## Training dictionaries, {date.today().isoformat()}\n\nSmolLM2-135M-Instruct, {SITE}, {data['width']} wide; "
         f"k {args.k}, batches of {args.batch}, float32, seed {args.seed}. {data['in store']} tokens of documentation "
-        f"(shards of short texts first: {data['shards']}), {data['massive']} of norm above {MASSIVE:g} medians left out. {processor()}, {args.threads} threads, load "
+        f"(shards of short texts first: {data['shards']}), {data['massive']} of norm above {MASSIVE:g} medians left "
+        f"out. {processor()}, {args.threads} thread(s), load "
         f"{os.getloadavg()[0]:.1f} at the start. Python {platform.python_version()}, {packages}. "
         f"`benchmarks/dictionaries.py`.\n\nFVE, L0 and dead share on {data['held']} tokens of texts held out, from the "
         f"weights, by each package's rule for inference; *FVE, k of the batch* by one rule for all (the k largest per "
         f"token over batches of 2048). Dead: active on none of these tokens, or of the {LAST} trained on last (all, if "
         f"fewer), by the final weights. Speed: medians over {WINDOW} steps, the first tenth left out; reading batches "
-        f"is not timed{', seconds are of processor time' if args.threads == 1 else ''}. Peak: on top of what the imports take.\n"
+        f"is not timed{', seconds are of processor time' if args.threads == 1 else ''}. "
+        f"Peak: on top of what the imports take.\n"
     )
 
 

@@ -49,8 +49,8 @@ def main() -> int:
     text = (
         f"## A dictionary from a store, {date.today().isoformat()}\n\n`heredity train-dictionary`, {args.latents} "
         f"latents, k {args.k}, batches of {args.batch}, {args.tokens or 'all'} of {tokens} tokens of SmolLM2-135M at "
-        f"{SITE}, kept as float16. {processor()}, {args.threads} threads: {seconds:.0f} s, peak {peak / 1e9:.2f} GB. Killed after "
-        f"{early:.0f} s and run again: {late:.0f} s more, peak {again / 1e9:.2f} GB, "
+        f"{SITE}, kept as float16. {processor()}, {args.threads} threads: {seconds:.0f} s, peak {peak / 1e9:.2f} GB. "
+        f"Killed after {early:.0f} s and run again: {late:.0f} s more, peak {again / 1e9:.2f} GB, "
         f"{'the same' if same else '**other**'} bytes in {', '.join(written[0])}. `benchmarks/dictionary_store.py`.\n"
     )
     print(text)

@@ -1,6 +1,6 @@
 """Dictionary files: a table of formats, one module each.
 
-What is read, what is refused and why: ``docs/dictionary-formats.md``.
+What is read, what is refused and why: ``docs/dictionaries.md``.
 """
 
 from pathlib import Path

@@ -19,7 +19,7 @@ BASE = 700_000_000
 SMALLEST = 8
 """Batches that must be shuffled together at least, or neighbours in a text would be neighbours in a batch."""
 
-_S = TypeVar("_S", Stores, Running)
+_S = TypeVar("_S", bound=Stores | Running)
 
 
 def needed(recipe: Recipe, source: Stores | Running) -> int:

@@ -58,7 +58,7 @@ class Recipe(BaseModel):
     anneal: Share = 0.2
     """Share of all steps until it is k."""
     aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1 / 4
-    """Weight of the loss by which dead latents learn what all others leave out (AuxK; 1/32 in Gao et al. 2406.04093)."""
+    """Weight of the loss by which dead latents learn what the others leave out (AuxK, Gao et al. 2406.04093: 1/32)."""
     aux_k: PositiveInt = 64
     """Dead latents per token in it."""
     dead_after: PositiveInt | None = None

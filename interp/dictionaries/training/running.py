@@ -40,7 +40,7 @@ class Running(Pieces):
     def __post_init__(self) -> None:
         _ = self.widths
 
-    @cached_property
+    @property
     def widths(self) -> tuple[int, ...]:
         """D of each place."""
         found = []
@@ -51,7 +51,7 @@ class Running(Pieces):
             found.append(flat(port.site, heads if per_head else [model.shape.d_model], model.spec))
         return tuple(found)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of weights, texts, places and order."""
         fixed = (self.corpus.digest, repr(self.ports), str(self.buffer), str(FORWARD))

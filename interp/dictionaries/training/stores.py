@@ -45,13 +45,13 @@ class Stores(Pieces):
             self.stores[port.model].shard_path(port.site, 0)  # refuses what is not there
         _ = self.widths
 
-    @cached_property
+    @property
     def widths(self) -> tuple[int, ...]:
         """D of each place."""
         of = [(port.site, self.stores[port.model]) for port in self.ports]
         return tuple(flat(site, store.manifest.sites[site], str(store.directory)) for site, store in of)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of the manifests, the places and the order."""
         return digest(*(store.manifest.model_dump_json() for store in self.stores), repr(self.ports), str(self.buffer))
