@@ -32,6 +32,7 @@ _KINDS: dict[Kind, tuple[str, str]] = {
     "logit": ("target", "star"),
 }
 _STATUS: dict[Status, tuple[str, str]] = {"kept": ("kept", NEUTRAL), "lost": ("lost", LOWERS), "new": ("new", RAISES)}
+_KEPT_LINK = "#a3acb6"  # light: what did not change is the background
 _Place = tuple[float, float]
 
 
@@ -159,7 +160,7 @@ def _colour(effect: float, status: Status | None) -> str:
 
 def _line(link: Link) -> tuple[str, str]:
     dash = "dot" if link.status is not None and link.effect < 0 else "solid"
-    return _colour(link.effect, link.status), dash
+    return _KEPT_LINK if link.status == "kept" else _colour(link.effect, link.status), dash
 
 
 def _lines(links: Sequence[Link], place: dict[str, _Place], colour: str, dash: str, width: float) -> dict:
@@ -170,7 +171,7 @@ def _lines(links: Sequence[Link], place: dict[str, _Place], colour: str, dash: s
         x += [x0, x1, None]
         y += [y0, y1, None]
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    line = {"color": f"rgba({red},{green},{blue},0.55)", "width": width, "dash": dash}
+    line = {"color": f"rgba({red},{green},{blue},0.6)", "width": width, "dash": dash}
     return {"x": x, "y": y, "mode": "lines", "line": line, "hoverinfo": "skip", "showlegend": False, "meta": "link"}
 
 

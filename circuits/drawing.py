@@ -4,7 +4,7 @@ Where a circuit comes from is the business of :mod:`.drawing_graph` (attribution
 (heads and MLPs); how it looks, of :mod:`.circuit_views`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -136,9 +136,15 @@ def union(first: Drawing, second: Drawing, names: Sequence[str] = ("first", "sec
         n_layers=layers,
         parts=tuple(parts),
         links=tuple(links),
-        notes=tuple(dict.fromkeys([*first.notes, *second.notes])),
+        notes=tuple(_notes(first, second, before, after)),
         compared=(before, after),
     )
+
+
+def _notes(first: Drawing, second: Drawing, before: str, after: str) -> Iterator[str]:
+    yield from (note for note in first.notes if note in second.notes)
+    for name, own, other in ((before, first, second), (after, second, first)):
+        yield from (f"{name}: {note}" for note in own.notes if note not in other.notes)
 
 
 def _joined(old: Part | None, new: Part | None, before: str, after: str) -> Part:

@@ -1,7 +1,7 @@
 """Circuits of heads and MLPs made ready to be drawn: a row a layer, a column a head, the MLP last.
 
-Edges into the query, the key and the value of one head are one link, which says what each brings. A key-value head that
-several query heads share gets its link to each of them, marked as shared.
+Edges into the query, the key and the value of one head are one link, which says what each brings. A key-value head
+that several query heads share gets its link to each of them, marked as shared.
 """
 
 import math
@@ -61,8 +61,9 @@ def drawing_of_components(
     for source, destination, score in edges:
         if source not in layout.source_index or destination not in layout.destination_index:
             raise ValueError(f"{source!r} → {destination!r} is no edge of a model of its sizes")
-        owner = layout.owner(destination)
-        owners = (owner,) if isinstance(owner, str) else owner
+        # Of the heads that share a key or value, those that are in the circuit; all if none is known to be.
+        every = _owners(layout, destination)
+        owners = [head for head in every if head in components] or every
         for head in owners:
             into = grouped.setdefault((source, head), {})
             into[_port(destination)] = into.get(_port(destination), 0.0) + score / len(owners)
@@ -130,15 +131,15 @@ def drawing_of_record(record: CircuitRecord) -> Drawing:
         for node in record.nodes
     }
     edges = [(e.source, e.destination, e.score if e.effect is None else e.effect) for e in record.edges]
-    kept = record.proof.faithfulness
+    kept, metric = record.proof.faithfulness, record.task.metric.replace("_", " ")
     return drawing_of_components(
         record.layout,
         found,
         edges,
         title=f"{record.task.name} in {record.model.spec}",
-        effect=f"{record.task.metric}: what goes when the part has its counterfactual value (by gradients where that "
+        effect=f"{metric}: what goes when the part has its counterfactual value (by gradients where that "
         "was not measured)",
-        link_effect=f"{record.task.metric}: what goes with the edge (by gradients where not measured)",
+        link_effect=f"{metric}: what goes with the edge (by gradients where not measured)",
         notes=(
             f"{record.size:,} of {record.layout.n_edges:,} edges. They keep {kept.estimate:.0%} of the effect (95 % "
             f"interval {kept.low:.0%} to {kept.high:.0%}) with counterfactual values everywhere else.",
@@ -189,5 +190,5 @@ def _link(pair: tuple[str, str], into: Mapping[str, float], heads: int) -> Link:
     effect = sum(into.values())
     lines = [f"into its {port}: {score:+.3g}" for port, score in into.items() if port]
     if heads > 1:
-        lines.append(f"its key and value are shared by {heads} heads; here is one part in {heads}")
+        lines.append(f"{heads} heads of the circuit share its key and value; here is one part in {heads}")
     return Link(*pair, effect, sum(abs(score) for score in into.values()), tuple(lines))

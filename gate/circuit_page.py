@@ -45,12 +45,14 @@ def write_circuit(path: Path, other: Path | None, out: Path) -> bool:
     counts = Counter(part.status for part in drawing.parts)
     drawing = drawing.strongest(PARTS, LINKS)
     inner = [part for part in drawing.parts if part.kind != "logit"]
+    strongest = sorted(inner, key=lambda part: -abs(part.effect))[:ROWS]
     figure: Any = circuit_figure(drawing)
     template = templates().get_template("circuit.html.j2")
     page = template.render(
         drawing=drawing,
         counts={status: counts[status] for status in ("kept", "lost", "new")},
-        strongest=sorted(inner, key=lambda part: -abs(part.effect))[:ROWS],
+        strongest=strongest,
+        explained=any(part.rule or part.q is not None for part in strongest),
         place_of=lambda part: drawing.columns[int(part.column)] if drawing.across == "token" else "",
         width=min(140 + 17 * len(drawing.columns), 6000),
         **page_parts({"circuit": figure.to_json()}),

@@ -48,8 +48,8 @@ def load(model: str, transcoders: str) -> Any:
         device="cpu",
         dtype=torch.float32,
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{model}/tokenizer.json", bos_token="<|im_start|>")
-    made = TransformerLensReplacementModel(config, tokenizer=tokenizer)
+    made = TransformerLensReplacementModel(config)
+    made.tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{model}/tokenizer.json", bos_token="<|im_start|>")
     made.load_and_process_state_dict(
         convert_llama_weights(bare, config), fold_ln=False, center_writing_weights=False, center_unembed=False
     )

@@ -120,7 +120,9 @@ def test_parts_stand_by_layer_and_head_and_shared_heads_share_a_link() -> None:
     links = {(link.source, link.target): link for link in drawn.links}
     both, one = links["attn_head@0.1", "attn_head@1.2"], links["attn_head@0.1", "attn_head@1.3"]
     assert both.effect == pytest.approx(0.5) and one.effect == pytest.approx(0.25)
-    assert both.about[:2] == ("into its query: +0.25", "into its value: +0.25") and "shared by 2 heads" in one.about[-1]
+    assert both.about[:2] == ("into its query: +0.25", "into its value: +0.25") and one.about[-1].startswith(
+        "2 heads of the circuit share"
+    )
     assert links["embed", "mlp_out@1"].effect == -0.1 and links["mlp_out@1", "logits"].about == ()
     head = next(part for part in drawn.parts if part.id == "attn_head@0.1")
     assert (head.effect, head.low, head.high, head.rule, head.q) == (0.5, 0.4, 0.6, "a rule", 0.8)
@@ -171,18 +173,14 @@ def test_a_record_of_a_discovery_is_drawn_with_measured_effects() -> None:
     )
     drawn = drawing_of_record(record)
     parts = {part.id: part for part in drawn.parts}
-    assert set(parts) == {"embed", "attn_head@0.0", "attn_head@0.1", "logits"}
+    assert set(parts) == {"embed", "attn_head@0.1", "logits"}  # not head 0, which only shares its value
     head = parts["attn_head@0.1"]
     assert (head.effect, head.low, head.high) == (0.5, 0.4, 0.6)
     assert head.about == ("by gradients: +0.4", "30.0% of the whole effect", "confirmed by intervention")
     assert (parts["embed"].effect, parts["embed"].low) == (1.5, None)
     assert parts["embed"].about[-1] == "not measured by intervention"
     links = {(link.source, link.target): link.effect for link in drawn.links}
-    assert links == {
-        ("embed", "attn_head@0.0"): 0.1,
-        ("embed", "attn_head@0.1"): 0.1,
-        ("attn_head@0.1", "logits"): -0.1,
-    }
+    assert links == {("embed", "attn_head@0.1"): 0.2, ("attn_head@0.1", "logits"): -0.1}
     assert "91% of the effect (95 % interval 85% to 97%)" in drawn.notes[0]
     assert drawn.notes[1].startswith("Effects of 1 of 2 parts and of 1 of 2 edges were measured")
 
@@ -232,6 +230,8 @@ def test_a_union_tells_kept_lost_and_new() -> None:
     assert kept.about == ("effect in P: -2", "effect in S: +3")
     assert {(link.source, link.target): link.status for link in both.links} == {("x", "y"): "lost", ("y", "z"): "new"}
     assert both.compared == ("P", "S")
+    noted = union(replace(first, notes=("same", "one")), replace(second, notes=("same", "two")), ("P", "S"))
+    assert noted.notes == ("same", "P: one", "S: two")
 
 
 def test_a_circuit_with_itself_is_kept_and_exchanging_two_exchanges_lost_and_new() -> None:
