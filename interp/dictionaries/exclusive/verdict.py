@@ -43,6 +43,8 @@ WEAKEST = 0.02
 TRACE = 0.08
 """Where the models share no basis: what the other's error may hold in whatever direction."""
 CHUNK = 1024
+SHOWN = 10
+"""Exclusive latents listed when verdicts are printed."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class LatentVerdict:
     rate: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exclusives:
     """Verdicts on all latents.
 
@@ -94,6 +96,17 @@ class Exclusives:
     cut_reconstruction: float
     band_error: tuple[float, float] | None
     band_reconstruction: tuple[float, float] | None
+
+    def __repr__(self) -> str:
+        names = ("successor-only", "parent-only", "shared", "undecided")
+        lines = [
+            f"Exclusives of {len(self.latents):,} latents: " + ", ".join(f"{len(self.of(n)):,} {n}" for n in names)
+        ]
+        lines.append(f"  shared from ν^ε {self.cut_error:.2g}, ν^r {self.cut_reconstruction:.2g}")
+        for each in [each for each in self.ranked if each.verdict.endswith("-only")][:SHOWN]:
+            nu = f"ν^ε {each.nu_error:+.3f}  ν^r {each.nu_reconstruction:+.3f}"
+            lines.append(f"{each.latent:8,}  {each.verdict:14}  Δnorm {each.delta_norm:.2f}  {nu}  {each.rate:.3%}")
+        return "\n".join(lines)
 
     @cached_property
     def ranked(self) -> tuple[LatentVerdict, ...]:

@@ -328,6 +328,12 @@ class TestVerdicts:
         found = exclusives(dictionary, [world.activations()])
         assert {v.verdict for v in found.latents} == {"shared"}
 
+    def test_printed_it_is_a_summary(self) -> None:
+        world, latents = planted()
+        lines = repr(exclusives(world.dictionary(latents), [world.activations()])).splitlines()
+        assert lines[0].startswith(f"Exclusives of {len(latents)} latents: 1 successor-only, 1 parent-only, ")
+        assert sorted(line.split()[:2] for line in lines[2:]) == [["0", "parent-only"], ["1", "successor-only"]]
+
     def test_too_few_tokens_decide_nothing(self) -> None:
         world, latents = planted(tokens=100)
         found = exclusives(world.dictionary(latents), [world.activations()])
