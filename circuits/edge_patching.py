@@ -79,7 +79,8 @@ class CircuitRunner:
     ) -> None:
         check_additive(model)
         check_reads(model, layout.parallel)
-        self.model, self.layout, self.pairs, self.metric, self.ablation = model, layout, pairs, metric, ablation
+        self.model, self.layout, self.pairs, self.metric = model, layout, pairs, metric
+        self.ablation: Ablation = ablation
         share = ablation == "counterfactual"
         self._batches = [Batch(model, pairs, rows, share=share) for rows in pairs.groups(GROUP_TOKENS, share=share)]
         self._kept: dict[int, Tensor] = {}

@@ -6,6 +6,7 @@ and forwards, backwards and patches run on the rest. Logits are read only where 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,7 +104,8 @@ def _keys_and_values(model: Model, tokens: Tensor) -> list[tuple[Tensor, Tensor]
     with torch.no_grad():
         cache = _cache_of([])
         model.logits(tokens, past=cache, positions=torch.tensor([tokens.shape[1] - 1]))
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers  # of a dynamic cache, which hold keys and values
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _cache_of(keys_and_values: list[tuple[Tensor, Tensor]]):
