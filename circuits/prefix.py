@@ -102,7 +102,7 @@ def can_share(model: Model) -> bool:
 
 def _keys_and_values(model: Model, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     with torch.no_grad():
-        cache = _cache_of([])
+        cache: Any = _cache_of([])
         model.logits(tokens, past=cache, positions=torch.tensor([tokens.shape[1] - 1]))
     layers: list[Any] = cache.layers  # of a dynamic cache, which hold keys and values
     return [(layer.keys, layer.values) for layer in layers]

@@ -149,6 +149,13 @@ def test_a_jsonl_file_is_examples_by_logit_difference(tiny_model, tmp_path: Path
     assert len(prepared.discovery.pairs) == len(prepared.testing.pairs) == 4  # halves are equal; nine do not divide
 
 
+def test_the_file_on_the_page_is_one(task_file) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "circuits.md").read_text(encoding="utf-8")
+    task = load_task(task_file(page.split("```yaml\n")[1].split("```")[0]))
+    assert samples(task, 1)[0].right[0].strip() in samples(task, 1)[0].clean
+    assert all(f"`{name}`" in page for name in SHIPPED)
+
+
 BAD_FILES = {
     "no such file": ("absent.yaml", None, "No such file"),
     "another kind": ("task.txt", "x", "neither a shipped task nor"),
