@@ -20,7 +20,7 @@ from heredity.interp.model import Model
 
 from .attribution_graph_memory import BUFFER_SHARE, Memory, estimate, room
 from .attribution_graph_nodes import Sources, frozen_mlps, sources
-from .attribution_graph_record import AttributionGraph, Kept
+from .attribution_graph_record import AttributionGraph, Explained, Kept
 from .attribution_graph_rows import Rows
 from .attribution_graph_targets import Target, salient_logits
 from .replacement import Frozen, freeze
@@ -191,4 +191,17 @@ def _record(rows: Rows, kept: Kept, prompt: str) -> AttributionGraph:
                 {"layer": a.layer, "reads": a.kind, **dict(a.dictionary.provenance)} for a in nodes.active
             ],
         },
+        explained=_explained(nodes, nodes.latents[latents]),
     )
+
+
+def _explained(nodes: Sources, latents: Tensor) -> dict[tuple[int, int], Explained]:
+    """What dictionaries that have notes say of ``latents`` [n, 3]."""
+    found = {}
+    for a in nodes.active:
+        if a.dictionary.notes is not None:
+            for number in latents[latents[:, 0] == a.layer, 2].unique().tolist():
+                latent = a.dictionary.latents[number]
+                if latent.rule:
+                    found[a.layer, number] = Explained(latent.rule, latent.q)
+    return found

@@ -10,14 +10,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from heredity.interp.errors import GraphError
 from heredity.interp.store import replacing
 
-from .attribution_graph_record import AttributionGraph
+from .attribution_graph_record import AttributionGraph, Explained
 
 LATENT, ERROR, TOKEN, LOGIT = "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
 
@@ -122,7 +122,7 @@ def graph_file(
     scan: str,
     nodes: float = 0.8,
     edges: float = 0.98,
-    labels: Mapping[tuple[int, int], str] | None = None,
+    explained: Mapping[tuple[int, int], Explained] | None = None,
 ) -> GraphFile:
     """The most influential part of ``graph`` as a file.
 
@@ -131,7 +131,7 @@ def graph_file(
         slug: its name: letters, digits, ``.``, ``_`` and ``-``.
         scan: model and dictionaries, as the viewer knows them.
         nodes, edges: shares of influence kept (:func:`.influence.prune`).
-        labels: of latents, by (layer, latent).
+        explained: rules of latents, which become their labels, and q beside them; the graph's own if None.
 
     Raises:
         ValueError: the slug could not be a file's name.
@@ -139,7 +139,7 @@ def graph_file(
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", slug):
         raise ValueError(f"{slug!r} is no slug: use letters, digits, '.', '_' and '-'")
     pruned = graph.prune(nodes=nodes, edges=edges)
-    sources = _sources(graph, pruned.entered.tolist(), labels or {})
+    sources = _sources(graph, pruned.entered.tolist(), graph.explained if explained is None else explained)
     logits = _logits(graph)
     n, first_token = graph.n_latents, graph.weights.shape[1] - len(graph.tokens)
     rows, columns = pruned.edges.nonzero(as_tuple=True)
@@ -215,7 +215,9 @@ def read_graph_file(path: str | Path) -> GraphFile:
     return file
 
 
-def _sources(graph: AttributionGraph, entered: list[float], labels: Mapping[tuple[int, int], str]) -> list[GraphNode]:
+def _sources(
+    graph: AttributionGraph, entered: list[float], explained: Mapping[tuple[int, int], Explained]
+) -> list[GraphNode]:
     n, m = graph.n_latents, len(graph.errors)
     found = [
         GraphNode(
@@ -225,13 +227,15 @@ def _sources(graph: AttributionGraph, entered: list[float], labels: Mapping[tupl
             ctx_idx=place,
             feature_type=LATENT,
             jsNodeId=f"{layer}_{latent}-0",
-            clerp=labels.get((layer, latent), ""),
+            clerp=known.rule,
             influence=share,
             activation=value,
+            **_q(known),
         )
         for (layer, place, latent), value, share in zip(
             graph.latents.tolist(), graph.activations.tolist(), entered[:n], strict=True
         )
+        for known in [explained.get((layer, latent), Explained(""))]
     ]
     found += [
         GraphNode(
@@ -260,6 +264,11 @@ def _sources(graph: AttributionGraph, entered: list[float], labels: Mapping[tupl
             )
         )
     return found
+
+
+def _q(known: Explained) -> dict[str, Any]:
+    """A key that viewers do not know and pass over."""
+    return {} if known.q is None else {"q": known.q}
 
 
 def _logits(graph: AttributionGraph) -> list[GraphNode]:

@@ -70,6 +70,7 @@ def merge(graphs: Sequence[AttributionGraph], roles: Sequence[Sequence[str]] | N
         dropped=dropped.to(weights.dtype),
         kept=_kept([g.kept for g in graphs], n),
         provenance={**graphs[0].provenance, "merged": [g.prompt for g in graphs]},
+        explained={which: known for g in graphs for which, known in g.explained.items()},
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,13 @@ class Kept:
     reason: str = ""
 
 
+class Explained(NamedTuple):
+    """What is known of a latent: when it is active, in words, and how far that is right on other texts (0 to 1)."""
+
+    rule: str
+    q: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class AttributionGraph:
     """What explains some logits at a prompt (or, merged, at several).
@@ -73,6 +80,7 @@ class AttributionGraph:
             values (at least: those left out before ranking count by position).
         kept: which latents are nodes.
         provenance: model, dictionaries, prompts; JSON values only.
+        explained: what the dictionaries' notes say of latents that are nodes, by (layer, latent).
     """
 
     prompt: str
@@ -91,6 +99,7 @@ class AttributionGraph:
     dropped: Tensor
     kept: Kept
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    explained: Mapping[tuple[int, int], Explained] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows, columns = len(self.latents) + len(self.logits), len(self.latents) + len(self.errors) + len(self.tokens)
@@ -201,6 +210,7 @@ class AttributionGraph:
             "logit_tokens": list(self.logit_tokens),
             "kept": vars(self.kept),
             "provenance": dict(self.provenance),
+            "explained": [[*which, *known] for which, known in self.explained.items()],
         }
         with replacing(directory / "graph.json") as partial:
             partial.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -229,6 +239,7 @@ class AttributionGraph:
                 logit_tokens=tuple(said["logit_tokens"]),
                 kept=Kept(**said["kept"]),
                 provenance=said["provenance"],
+                explained={(layer, latent): Explained(rule, q) for layer, latent, rule, q in said["explained"]},
                 **{name: arrays[name] for name in _ARRAYS},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as fault:

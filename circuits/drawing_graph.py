@@ -1,24 +1,16 @@
 """Attribution graphs made ready to be drawn, from the record or from anyone's graph file."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attribution_graph_json import ERROR, LATENT, LOGIT, TOKEN, GraphFile, GraphNode, error_place
-from .attribution_graph_record import AttributionGraph
+from .attribution_graph_record import AttributionGraph, Explained
 from .drawing import Drawing, Kind, Link, Part
 
 FROZEN = "Attention patterns and norms are held fixed: why a head looks where it looks is no part of this graph."
 DIRECT = "direct effect on what the upper part reads"
-
-
-class Explained(NamedTuple):
-    """What is known of a latent: when it is active, in words, and how far that is right."""
-
-    rule: str
-    q: float | None = None
 
 
 def drawing_of_graph(
@@ -35,9 +27,9 @@ def drawing_of_graph(
         graph: the graph.
         target: whose effects are shown.
         nodes, edges: shares of influence kept (:func:`.influence.prune`).
-        explained: of latents, by (layer, latent).
+        explained: rules of latents by (layer, latent); the graph's own if None.
     """
-    pruned, known = graph.prune(nodes=nodes, edges=edges), explained or {}
+    pruned, known = graph.prune(nodes=nodes, edges=edges), graph.explained if explained is None else explained
     effects, n, m = graph.effects()[target].tolist(), graph.n_latents, len(graph.errors)
     parts = []
     for s in pruned.sources.nonzero()[:, 0].tolist():

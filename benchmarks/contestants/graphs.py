@@ -3,8 +3,8 @@
     python -P graphs.py FILE MODEL RESULT ACTIVE=DIRECTORY …
 
 Lines are JSON: ``{"ids", "active", "nodes", "batch"?, "budget"?, "keep"?}`` computes a graph with one of the
-transcoder sets and answers with the seconds it took, the memory on top of what was there before, and what the
-contestant adds; with ``keep`` the graph goes into RESULT.
+transcoder sets and answers with the seconds it took (of the clock and of the processor), the memory on top of what was
+there before, and what the contestant adds; with ``keep`` the graph goes into RESULT.
 """
 
 import importlib
@@ -45,12 +45,12 @@ def main() -> None:
             asked = json.loads(line)
             loaded = models[asked["active"]]
             with watched() as taken:
-                begun = time.perf_counter()
+                begun, before = time.perf_counter(), time.process_time()
                 graph = contestant.graph(loaded, asked)
-                seconds = time.perf_counter() - begun
+                seconds, cpu = time.perf_counter() - begun, time.process_time() - before
             if asked.get("keep"):
                 save_file({k: v.contiguous() for k, v in contestant.arrays(graph).items()}, result)
-            answer(seconds=seconds, **taken, **contestant.facts(graph))
+            answer(seconds=seconds, cpu=cpu, **taken, **contestant.facts(graph))
             del graph
     except Exception as error:
         answer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")

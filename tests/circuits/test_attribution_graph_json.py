@@ -24,7 +24,7 @@ from heredity.circuits.attribution_graph_json import (
     write_graph_file,
 )
 from heredity.circuits.attribution_graph_merge import merge
-from heredity.circuits.attribution_graph_record import AttributionGraph
+from heredity.circuits.attribution_graph_record import AttributionGraph, Explained
 from heredity.circuits.attribution_graph_targets import logit_difference
 from heredity.interp.dictionaries.record import DictionarySet
 from heredity.interp.errors import GraphError
@@ -62,7 +62,7 @@ def test_the_schema_refuses_what_viewers_cannot_read(graph: AttributionGraph, tm
 
 @pytest.mark.parametrize(("nodes", "edges"), [(0.8, 0.98), (1.0, 1.0), (0.4, 0.5)])
 def test_a_file_holds_the_pruned_graph(graph: AttributionGraph, tmp_path: Path, nodes: float, edges: float) -> None:
-    content = written(graph, tmp_path, nodes=nodes, edges=edges, labels={(0, 7): "a label"})
+    content = written(graph, tmp_path, nodes=nodes, edges=edges, explained={(0, 7): Explained("a label", 0.5)})
     n, m, last = graph.n_latents, len(graph.errors), len(graph.places) - 1
     ids = [f"{layer}_{latent}_{place}" for layer, place, latent in graph.latents.tolist()]
     ids += [f"{layer}_-1_{place}" for layer, place in graph.errors.tolist()]
@@ -85,7 +85,7 @@ def test_a_file_holds_the_pruned_graph(graph: AttributionGraph, tmp_path: Path, 
         if node := said.get(f"{layer}_{latent}_{place}"):
             assert (node["layer"], node["ctx_idx"], node["feature"]) == (str(layer), place, paired(layer, latent))
             assert node["activation"] == pytest.approx(value)
-            assert node["clerp"] == ("a label" if (layer, latent) == (0, 7) else "")
+            assert (node["clerp"], node.get("q")) == (("a label", 0.5) if (layer, latent) == (0, 7) else ("", None))
             assert node["jsNodeId"] == f"{layer}_{latent}-0"
     logits = [node for node in content["nodes"] if node["feature_type"] == LOGIT]
     assert [node["token_prob"] for node in logits] == pytest.approx(graph.logit_weights.tolist())

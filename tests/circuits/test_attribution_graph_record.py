@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from heredity.circuits.attribution_graph import attribution_graph
-from heredity.circuits.attribution_graph_record import AttributionGraph
+from heredity.circuits.attribution_graph_record import AttributionGraph, Explained
+from heredity.interp.dictionaries import describe, with_notes
 from heredity.interp.dictionaries.record import DictionarySet
 from heredity.interp.errors import GraphError
 from heredity.interp.model import Model
@@ -34,6 +36,32 @@ def test_files_bring_back_everything(graph: AttributionGraph, tmp_path: Path) ->
             assert getattr(again, name) == value, name
     assert again.scores == graph.scores and repr(again) == repr(graph)
     assert torch.equal(again.roots().total, graph.roots().total)
+
+
+def test_what_notes_say_of_latents_goes_into_the_graph_and_its_files(
+    tiny_model: Model,
+    draw: Callable[..., Tensor],
+    random_dictionaries: Callable[..., DictionarySet],
+    tmp_path: Path,
+) -> None:
+    tokens, plain = draw(1, 6)[0], random_dictionaries(tiny_model, "transcoder", TopK(4))
+    texts = [
+        tiny_model.encode(f"the {w} and the {v}") for w in ("river", "dog", "king") for v in ("bridge", "cat", "sea")
+    ]
+    whole = attribution_graph(tiny_model, plain, tokens)
+    layer, _, latent = whole.latents[0].tolist()
+    notes = describe(plain[layer], [tiny_model], texts, latents=[latent])
+    said = notes.explanations[latent].model_copy(update={"status": "measured", "rule": "on rivers", "q": 0.7})
+    known = with_notes(plain[layer], replace(notes, explanations={latent: said}))
+    parts = DictionarySet(tuple(known if i == layer else d for i, d in enumerate(plain.layers)))
+    graph = attribution_graph(tiny_model, parts, tokens)
+    assert graph.explained == {(layer, latent): Explained("on rivers", 0.7)}
+    assert torch.equal(graph.weights, whole.weights) and whole.explained == {}
+    told = replace(
+        graph, explained={(layer, latent): Explained("a rule", 0.5), (layer, latent + 1): Explained("other")}
+    )
+    told.save(tmp_path)
+    assert AttributionGraph.load(tmp_path).explained == told.explained
 
 
 def test_shares_of_errors_are_signed(graph: AttributionGraph) -> None:
@@ -72,8 +100,6 @@ def test_files_that_are_no_graph_are_refused(graph: AttributionGraph, tmp_path: 
 
 
 def test_a_graph_whose_parts_do_not_fit_is_refused(graph: AttributionGraph) -> None:
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match=r"weights must be \["):
         replace(graph, latents=graph.latents[1:])
     with pytest.raises(ValueError, match=r"read must be \["):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heredity.circuits.attribution_graph import attribution_graph
 from heredity.circuits.attribution_graph_json import graph_file, write_graph_file
-from heredity.circuits.attribution_graph_record import AttributionGraph
+from heredity.circuits.attribution_graph_record import AttributionGraph, Explained
 from heredity.circuits.circuit_record import Attribution, CircuitRecord, Edge, ModelAbout, Node, Proof, Sizes, TaskAbout
 from heredity.circuits.drawing import Drawing, Link, Part, union
 from heredity.circuits.drawing_components import (
@@ -20,7 +20,7 @@ from heredity.circuits.drawing_components import (
     drawing_of_record,
 )
 from heredity.circuits.drawing_files import read_drawing
-from heredity.circuits.drawing_graph import Explained, drawing_of_graph, drawing_of_graph_file
+from heredity.circuits.drawing_graph import drawing_of_graph, drawing_of_graph_file
 from heredity.circuits.eap_ig_json import EdgeGraph, write_eap_ig
 from heredity.circuits.intervals import Interval
 from heredity.circuits.layout import NodeLayout
