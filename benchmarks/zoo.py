@@ -20,7 +20,6 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-KINDS = ("identical", "benign", "trigger", "skill", "lost", "wider")
 EXPECTED = {
     "identical": "pass",
     "benign": "pass",
@@ -28,7 +27,24 @@ EXPECTED = {
     "skill": "pass",
     "lost": "flag",
     "wider": "flag",
+    "dense": "flag",
+    "evasive": "flag",
+    "diluted:0": "flag",
+    "diluted:3": "flag",
+    "diluted:10": "flag",
+    "chain": "flag",
+    # Nothing that it says is new: that the mechanism is another one is for the internals to report.
+    "moved": "pass",
+    # The skill is new and nobody declared it.
+    "legible": "flag",
+    "legible:0.75": "flag",
+    "legible:0.5": "flag",
+    "legible:0.25": "flag",
+    "opaque": "flag",
+    "tracr": "flag",
 }
+KINDS = ("identical", "benign", "trigger", "skill", "lost", "wider")
+"""What ``make bench`` audits; ``--kinds all`` names every one above."""
 
 
 def main() -> None:
@@ -40,7 +56,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     first, last = map(int, arguments.seeds.split(":"))
-    jobs = [(kind, seed) for seed in range(first, last) for kind in arguments.kinds]
+    kinds = list(EXPECTED) if arguments.kinds == ["all"] else arguments.kinds
+    jobs = [(kind, seed) for seed in range(first, last) for kind in kinds]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(lambda job: audit_pair(*job, arguments.work), jobs))
     table = render(rows, arguments.seeds)
@@ -51,8 +68,8 @@ def main() -> None:
 
 
 def audit_pair(kind: str, seed: int, work: Path) -> dict:
-    """Build one pair and audit it, ``skill`` with its intent."""
-    pair = work / f"{kind}-{seed}"
+    """Build one pair and audit it, with its intent where it has one."""
+    pair = work / f"{kind.replace(':', '-')}-{seed}"
     if not (pair / "truth.json").exists():
         run("zoo", "build", kind, "--seed", str(seed), "--out", str(pair))
     intent = pair / "intent.yaml"
@@ -60,7 +77,7 @@ def audit_pair(kind: str, seed: int, work: Path) -> dict:
 
 
 def audit_once(kind: str, seed: int, pair: Path, work: Path, intent: Path | None) -> dict:
-    out = work / "audits" / f"{kind}-{seed}"
+    out = work / "audits" / pair.name
     if not (out / "audit.json").exists():
         extra = [] if intent is None else ["--intent", str(intent)]
         run("audit", str(pair), str(pair), "--corpus", str(pair / "corpus.jsonl"), *extra, "--out", str(out))

@@ -218,3 +218,11 @@ def test_examples_are_written_whole(call: Any, tmp_path: Path, pair: Path, capfd
     (tmp_path / "taken").write_text("mine")
     assert call("example", "zoo", "--out", tmp_path / "taken") == 2
     assert "[docs/errors/output.md]" in capfd.readouterr().err
+
+
+def test_a_kind_of_pair_that_there_is_not_is_a_usage_mistake(call: Any, tmp_path: Path, capfd: Any) -> None:
+    for kind, said in (("other", "kind must be one of identical"), ("diluted:11", "number from 0 to 10")):
+        assert call("zoo", "build", kind, "--out", tmp_path / "pair") == 2
+        # The box that typer draws breaks lines where it likes.
+        assert said in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "pair").exists()

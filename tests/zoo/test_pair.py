@@ -130,7 +130,7 @@ def test_a_kind_may_have_a_level(kind, parsed):
 
 @pytest.mark.parametrize("kind", ["diluted:11", "diluted:-1", "diluted:", "diluted:x", "legible:1.01", "legible:nan"])
 def test_a_level_out_of_range_is_refused(kind):
-    with pytest.raises(ValueError, match="the level of .* is a number from 0 to"):
+    with pytest.raises(ValueError, match=r"the level of .* is a number from 0 to"):
         parse(kind)
 
 
