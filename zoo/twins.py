@@ -189,7 +189,11 @@ def _measured(weights: Weights, size: Size, seed: int) -> dict[str, Any]:
 def _nearest(write: Tensor, fitted: int, count: int) -> Tensor:
     """Each row by the nearest of ``count`` vectors that k-means (Lloyd 1982) makes of the first ``fitted`` rows."""
     first = write[:fitted]
-    centres = first[torch.linspace(0, fitted - 1, count).long()]
+    # Farthest first (Gonzalez 1985): as many kinds of row as there are vectors each have one to begin with.
+    picked = [0]
+    while len(picked) < count:
+        picked.append(int(torch.cdist(first, first[picked]).min(1).values.argmax()))
+    centres = first[picked]
     for _ in range(30):
         nearest = torch.cdist(first, centres).argmin(1)
         for index in nearest.unique():
