@@ -1,6 +1,6 @@
 """Speed and memory of edge attribution beside two other implementations, on the same weights and prompts.
 
-    python benchmarks/circuits.py MODEL --work DIR --eap-ig CHECKOUT --eap-ig-python PATH [--pairs 16] [--record]
+    python benchmarks/circuits.py MODEL --work DIR [--eap-ig CHECKOUT --eap-ig-python PATH] [--pairs 16] [--record]
 
 * EAP-IG at equal numbers of gradients, against the code of github.com/hannamw/EAP-IG run on the CPU
   (``contestants/circuits_eap_ig.py``; PATH is an interpreter with transformer-lens 2, e.g. `pip install
@@ -144,8 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--eap-ig", type=Path, required=True)
-    parser.add_argument("--eap-ig-python", required=True)
+    parser.add_argument("--eap-ig", type=Path, help="left out without")
+    parser.add_argument("--eap-ig-python", default=sys.executable)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--few", type=int, default=2, help="pairs for TransformerLens's edges")
     parser.add_argument("--steps", type=int, default=5)
@@ -159,14 +159,16 @@ def main() -> None:
     said = json.loads((model / "config.json").read_text())
     lines = heading(arguments, len(json.loads(data.read_text())["clean"][0]))
 
-    checkout, python = str(arguments.eap_ig.resolve()), arguments.eap_ig_python
     ours = Contestant.start("ours", sys.executable, "circuits_ours", model, data)
-    theirs = Contestant.start("EAP-IG", python, "circuits_eap_ig", model, data, checkout, str(arguments.batch))
-    miss = against_reference(
-        ours, theirs, said["num_attention_heads"], said["num_key_value_heads"], said["num_hidden_layers"]
-    )
-    lines += duel(f"EAP-IG, {arguments.steps} gradients", ours, theirs, "integrated", arguments.rounds, miss)
-    theirs.process.terminate()
+    if arguments.eap_ig is not None:
+        options = str(arguments.eap_ig.resolve()), str(arguments.batch)
+        theirs = Contestant.start("EAP-IG", arguments.eap_ig_python, "circuits_eap_ig", model, data, *options)
+        heads, groups, layers = (
+            said[f"num_{what}"] for what in ("attention_heads", "key_value_heads", "hidden_layers")
+        )
+        miss = against_reference(ours, theirs, heads, groups, layers)
+        lines += duel(f"EAP-IG, {arguments.steps} gradients", ours, theirs, "integrated", arguments.rounds, miss)
+        theirs.process.terminate()
 
     lens = Contestant.start("TransformerLens", sys.executable, "circuits_transformer_lens", model, data)
     miss = agree(-ours.scores("nodes")["scores"], lens.scores("nodes")["scores"], "nodes")

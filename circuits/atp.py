@@ -22,10 +22,11 @@ from torch import Tensor
 from heredity.interp.model import Edit, Model
 
 from .attention_changes import Attention, exchanged, record_attention
-from .edges import GROUP_TOKENS, PASS_TOKENS, _Ends
+from .edges import PASS_TOKENS
 from .layout import NodeLayout, layout_of
 from .pairs import Metric, Pairs
-from .writes import ENTRY, both, check_additive, stream_scale, write_site
+from .prefix import Batch
+from .writes import ENTRY, both, check_additive, head_writes, mlp_write, outer_norm, write_site
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,20 @@ def attribute_nodes(
     nodes = (*layout.sources, *inner)
     scores = torch.zeros(len(nodes), len(pairs), dtype=torch.float64)
     magnitudes = torch.zeros_like(scores)
-    groups = list(pairs.groups(GROUP_TOKENS))
+    share = not fix_attention  # patterns are recomputed over whole prompts
+    groups = list(pairs.groups(PASS_TOKENS, share=share))
     for done, rows in enumerate(groups):
-        group = pairs.of(rows)
-        changes = _Changes(model, layout, group, fix_attention)
-        scores[:, rows] = changes.along(_gradients(model, layout, group, metric, rows, [None]))[0]
+        batch = Batch(model, pairs, rows, share=share)
+        group = batch.pairs
+        changes = _Changes(model, layout, batch, fix_attention)
+        scores[:, rows] = changes.along(_gradients(model, layout, batch, metric, [None]))[0]
         magnitudes[:, rows] = scores[:, rows].abs()
         if drop:
             magnitudes[:, rows] = 0
             per_pass = max(1, PASS_TOKENS // group.clean.numel())
             for first in range(0, layout.n_layers, per_pass):
                 layers = list(range(first, min(first + per_pass, layout.n_layers)))
-                found = changes.along(_gradients(model, layout, group, metric, rows, list(layers)))
+                found = changes.along(_gradients(model, layout, batch, metric, list(layers)))
                 for copy, layer in enumerate(layers):
                     # What the layer itself writes is held fixed, so it carries nothing.
                     found[copy, layout.written_by(layer)] = 0
@@ -97,14 +100,19 @@ def attribute_nodes(
 class _Changes:
     """How far every node of a group of pairs moves."""
 
-    def __init__(self, model: Model, layout: NodeLayout, group: Pairs, fix_attention: bool) -> None:
+    def __init__(self, model: Model, layout: NodeLayout, batch: Batch, fix_attention: bool) -> None:
         self.model, self.layout, self.fix_attention = model, layout, fix_attention
-        self.written = _Ends(model, layout, group).change
-        n = len(group)
-        sites = [f"attn_{kind}@{layer}" for layer in range(layout.n_layers) for kind in "qkv"]
+        n, layers, group = len(batch), range(layout.n_layers), batch.pairs
+        inner = [f"attn_{kind}@{layer}" for layer in layers for kind in ("q", "k", "v", "z")]
+        written = [f"mlp_out@{layer}" for layer in layers]
         with torch.inference_mode():
-            seen = model.capture(torch.cat([group.clean, group.corrupt]), sites)
-            self.inner = {site: value[:n] - value[n:] for site, value in seen.items()}
+            seen = batch.capture(torch.cat([group.clean, group.corrupt]), [ENTRY, *inner, *written])
+            for layer in layers:
+                seen[f"mlp_out@{layer}"] = mlp_write(model, layer, seen[f"mlp_out@{layer}"])
+                if outer_norm(model, layer, "head") is not None:
+                    z = seen[f"attn_z@{layer}"]
+                    seen[f"heads@{layer}"] = head_writes(model, layer, z, range(layout.n_heads))
+            self.moved = {site: value[:n] - value[n:] for site, value in seen.items()}
             self.ends: list[tuple[Attention, Attention]] = []
             if fix_attention:
                 ends = (record_attention(model, tokens) for tokens in (group.clean, group.corrupt))
@@ -113,21 +121,24 @@ class _Changes:
     def along(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Effects [copies, nodes, pairs] for gradients [copies, pairs, pos, …] by site."""
         layout, found = self.layout, []
-        scale = stream_scale(self.model)  # between the sites gradients are taken at and the stream
-        entry = gradients[ENTRY]
-        found.append(torch.einsum("bpm,cbpm->cb", self.written[0], entry)[:, None])
+        found.append(torch.einsum("bpm,cbpm->cb", self.moved[ENTRY], gradients[ENTRY])[:, None])
         for layer in range(layout.n_layers):
-            written = self.written[layout.written_by(layer)]
-            for part, kind in ((written[:-1], "head"), (written[-1:], "mlp")):
-                at = gradients[write_site(self.model, layer, kind)]
-                found.append(torch.einsum("sbpm,cbpm->csb", part, at) / scale)
+            # A head writes a linear function of its values, unless a norm stands behind it.
+            if f"heads@{layer}" in self.moved:
+                at = gradients[write_site(self.model, layer, "head")]
+                found.append(torch.einsum("bphm,cbpm->chb", self.moved[f"heads@{layer}"], at))
+            else:
+                site = f"attn_z@{layer}"
+                found.append(torch.einsum("bphd,cbphd->chb", self.moved[site], gradients[site]))
+            at = gradients[write_site(self.model, layer, "mlp")]
+            found.append(torch.einsum("bpm,cbpm->cb", self.moved[f"mlp_out@{layer}"], at)[:, None])
         for layer in range(layout.n_layers):
             for kind in "qkv":
                 if self.fix_attention and kind != "v":
                     found.append(torch.stack([self._exchanged(layer, kind, g) for g in gradients[f"attn_z@{layer}"]]))
                 else:
                     site = f"attn_{kind}@{layer}"
-                    found.append(torch.einsum("bphd,cbphd->chb", self.inner[site], gradients[site]))
+                    found.append(torch.einsum("bphd,cbphd->chb", self.moved[site], gradients[site]))
         return torch.cat(found, 1).double()
 
     def _exchanged(self, layer: int, kind: str, gradient: Tensor) -> Tensor:
@@ -140,10 +151,10 @@ class _Changes:
 
 
 def _gradients(
-    model: Model, layout: NodeLayout, group: Pairs, metric: Metric, rows: Tensor, dropped: list[int | None]
+    model: Model, layout: NodeLayout, batch: Batch, metric: Metric, dropped: list[int | None]
 ) -> dict[str, Tensor]:
     """∂m/∂site [copies, pairs, pos, …] at the clean prompts, in each copy with what one layer writes held fixed."""
-    copies, n = len(dropped), len(group)
+    copies, n = len(dropped), len(batch)
     added: dict[str, Tensor] = {}
 
     def probe(site: str) -> Edit:
@@ -163,11 +174,13 @@ def _gradients(
         for kind in "qkvz":
             edits[f"attn_{kind}@{layer}"] = probe(f"attn_{kind}@{layer}")
         for kind, site in (("head", f"attn_out@{layer}"), ("mlp", f"mlp_out@{layer}")):
-            edits[site] = hold(layer)
-            at = write_site(model, layer, kind)
-            edits[at] = both(edits[at], probe(at)) if at in edits else probe(at)
+            if any(which is not None for which in dropped):
+                edits[site] = hold(layer)
+            if kind == "mlp" or outer_norm(model, layer, "head") is not None:
+                at = write_site(model, layer, kind)
+                edits[at] = both(edits[at], probe(at)) if at in edits else probe(at)
     with torch.enable_grad():
-        metric(model.logits(group.clean.repeat(copies, 1), edits=edits), rows.repeat(copies)).sum().backward()
+        batch.value(metric, batch.pairs.clean.repeat(copies, 1), edits).sum().backward()
     found = {}
     for site, value in added.items():
         gradient = torch.zeros_like(value) if value.grad is None else value.grad

@@ -13,6 +13,8 @@ def tasks(directory: str, data: dict) -> dict[str, Callable[[], dict[str, np.nda
 
     model = load(directory)
     bridge, shape = model.bridge, model.shape
+    # It needs a graph to begin somewhere; the earliest place is enough.
+    bridge.original_model.get_input_embeddings().weight.requires_grad_(True)
     sources = ["embed"]
     for layer in range(shape.n_layers):
         sources += [f"attn_head_out@{layer}.{h}" for h in range(shape.n_heads)] + [f"mlp_out@{layer}"]
