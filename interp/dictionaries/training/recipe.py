@@ -57,7 +57,7 @@ class Recipe(BaseModel):
     """How many times k are active at first."""
     anneal: Share = 0.2
     """Share of all steps until it is k."""
-    aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1 / 4
+    aux: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the loss by which dead latents learn what the others leave out (AuxK, Gao et al. 2406.04093: 1/32)."""
     aux_k: PositiveInt = 64
     """Dead latents per token in it."""

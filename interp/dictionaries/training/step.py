@@ -78,7 +78,8 @@ def gradients(weights: Weights, layout: Layout, batch: Streams, dead: Tensor, se
         tensor.grad = None
     norm = layout.score_per_activation(weights.W_dec.detach())
     W_enc, b_enc, W_dec, b_dec = weights.W_enc.T, weights.b_enc, weights.W_dec, weights.b_dec
-    seen = autoencode(batch.x, W_enc, b_enc, W_dec, b_dec, activation(weights, settings), norm=norm)
+    weighed = None if settings.activation == "jumprelu" else norm  # nothing is selected against a threshold
+    seen = autoencode(batch.x, W_enc, b_enc, W_dec, b_dec, activation(weights, settings), norm=weighed)
     made = seen.reconstruction
     if weights.W_skip is not None:
         made = made + batch.x @ weights.W_skip

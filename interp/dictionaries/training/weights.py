@@ -20,8 +20,9 @@ from heredity.kernels import BatchTopK, decode, encode
 from .recipe import Recipe
 from .streams import Streams
 
-NOISE = 0.1
-"""Length of the random part of a row at the start."""
+NOISE = 3.0
+"""Length of the random part of a row at the start, that of the token's being 1: with less of it more variance is
+explained early, and more latents are dead (of 4096 on SmolLM2 after 64 steps: 0.80 and 9 % at 0.1, 0.77 and 0 at 3)."""
 DAMPED = 1.0
 """Power of its standard deviation by which a principal component is divided."""
 
@@ -112,10 +113,10 @@ def empty(recipe: Recipe, reads: int, writes: int, like: Tensor) -> Weights:
 def begin(recipe: Recipe, layout: Layout, weights: Weights, seen: Streams, first: Streams, k: int) -> None:
     """Fill ``weights`` with what training starts from.
 
-    Each latent starts as a token: its row is that token's activation, of unit length at every place, read as it is
-    written (by a transcoder, as it was read). Random directions take longer to become anything. In an activation the
-    few directions of large variance drown all others, so each principal component is first divided by its standard
-    deviation. The encoder's length is the one at which the first batch is reconstructed best.
+    Each latent starts as a random direction with a token's activation in it, of unit length at every place, read as it
+    is written (by a transcoder, as it was read). Random directions alone take longer to become anything. In an
+    activation the few directions of large variance drown all others, so each principal component is first divided by
+    its standard deviation. The encoder's length is the one at which the first batch is reconstructed best.
 
     Args:
         recipe, layout: of the training.
@@ -125,7 +126,7 @@ def begin(recipe: Recipe, layout: Layout, weights: Weights, seen: Streams, first
         k: active latents per token at the start.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    # All different as far as there are as many; the noise tells apart those that are not.
+    # All different as far as there are as many.
     chosen = [torch.randperm(len(seen.x), generator=generator) for _ in range(-(-recipe.latents // len(seen.x)))]
     tokens = torch.cat(chosen)[: recipe.latents].to(seen.x.device)
     written = _rows(seen.y, tokens, layout.columns, generator)
