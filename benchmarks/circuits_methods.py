@@ -21,7 +21,6 @@ from machine import machine
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from heredity.circuits.activation_paths import attribute_edges_by_activations
 from heredity.circuits.atp import attribute_nodes
 from heredity.circuits.edges import EdgeScores, attribute_edges
 from heredity.circuits.faithfulness import faithfulness_curve
@@ -42,7 +41,6 @@ EDGES: dict[str, Callable[[Model, Pairs, Metric], EdgeScores]] = {
     "EAP-IG, 20 steps": lambda *a: attribute_edges(*a, steps=20),
     "RelP": lambda *a: attribute_edges_by_relevance(*a),
     "RelP, attention held": lambda *a: attribute_edges_by_relevance(*a, hold_attention=True),
-    "EAP-IG-activations, 3 steps": lambda *a: attribute_edges_by_activations(*a, steps=3),
 }
 
 
