@@ -113,6 +113,7 @@ def arguments() -> argparse.Namespace:
         help="take tokens from this many shards of the store only; its capture may have stopped there",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="FILE", help="of ours, dictionary_learning, sae_lens")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="VARIANT", help="such as BatchTopK; all if absent")
     parser.add_argument("--record", action="store_true", help="append the tables to RESULTS.md")
     return parser.parse_args()
 
@@ -193,7 +194,7 @@ def contestants(args: argparse.Namespace) -> list[Contestant]:
             reason = missing(args.peers, name)
             interpreter = "" if reason else str(python(args.peers, name))
             label, release = PEERS[name].label, PEERS[name].version
-        variants = importlib.import_module(file).VARIANTS
+        variants = [each for each in importlib.import_module(file).VARIANTS if each in (args.variants or [each])]
         found += [Contestant(f"{label}, {each}", file, each, interpreter, release, reason) for each in variants]
     return found
 
