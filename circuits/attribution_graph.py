@@ -5,8 +5,9 @@ The method of Ameisen et al. 2025, "Circuit tracing: revealing computational gra
 exact linear direct effects in the local replacement model (:mod:`.replacement`), node by node
 (:mod:`.attribution_graph_nodes`), latents chosen by their influence on the targets (:mod:`.influence`).
 
-What makes it quick: targets of one layer are taken together in order of position, and the gradient is carried only over
-the layers below and the positions before them; it passes attention as three matrix products.
+What makes it quick: targets near in position go through the model together, each joining at its own layer, and the
+gradient is carried only over the layers below and the positions before them; it passes attention as three matrix
+products.
 """
 
 from collections.abc import Callable, Sequence

@@ -127,12 +127,12 @@ class Sources:
     # --- effects ---
 
     def rows(
-        self, depth: int, positions: Tensor, gradient: Tensor, before_attention: bool = False
+        self, depths: Tensor, positions: Tensor, gradient: Tensor, before_attention: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Direct effects of all sources on B targets.
 
         Args:
-            depth, positions, gradient, before_attention: as of :meth:`.replacement.Frozen.sweep`.
+            depths, positions, gradient, before_attention: as of :meth:`.replacement.Frozen.sweep`.
 
         Returns:
             [B, S], and [B, 2]: the effects of latents that are no columns, summed by position, their sum and the sum
@@ -141,21 +141,21 @@ class Sources:
         n_latents, (n_layers, n_positions) = self.n_latents, self.errors.shape[:2]
         out = gradient.new_zeros(len(gradient), self.n_columns)
         rest = gradient.new_zeros(len(gradient), 2)
-        for layer, g in self.frozen.sweep(depth, positions, gradient, self.skips, before_attention):
-            cone = g.shape[1]
+        for layer, g in self.frozen.sweep(depths, positions, gradient, self.skips, before_attention):
+            n, cone = g.shape[:2]
             if layer < 0:
                 at = n_latents + n_layers * n_positions
                 out[:, at : at + cone] = attribute_errors(g, self.frozen.embedded[:cone])
                 continue
             at = n_latents + layer * n_positions
-            out[:, at : at + cone] = attribute_errors(g, self.errors[layer, :cone])
+            out[:n, at : at + cone] = attribute_errors(g, self.errors[layer, :cone])
             if self.unranked is not None:
                 left = attribute_errors(g, self.unranked[layer, :cone])
-                rest += torch.stack([left.sum(1), left.abs().sum(1)], 1)
+                rest[:n] += torch.stack([left.sum(1), left.abs().sum(1)], 1)
             for a in self.active:
                 if layer in a.writes:
                     inside = a.features[:cone]
-                    part = out[:, a.first : a.first + inside.nnz]
+                    part = out[:n, a.first : a.first + inside.nnz]
                     part += attribute(g, inside, a.dictionary.W_dec[a.writes.index(layer)])
         out[:, :n_latents] *= self.activations
         return out, rest

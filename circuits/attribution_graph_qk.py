@@ -116,7 +116,7 @@ def _side(nodes: Sources, layer: int, kind: str, head: int, position: int, rotat
     if rotation is not None:
         weight, bias = weight @ rotation[position], bias @ rotation[position]
     at = torch.full((weight.shape[1],), position, device=weight.device)
-    found, _ = nodes.rows(layer, at, norm.backward(weight.T, at), before_attention=True)
+    found, _ = nodes.rows(torch.full_like(at, layer), at, norm.backward(weight.T, at), before_attention=True)
     stream = next(at.value for at in nodes.constants() if (at.where, at.layer) == ("attention", layer))
     constant = norm.forward(stream)[position] @ weight + bias
     return torch.cat([found, constant[:, None]], 1).double()

@@ -43,23 +43,29 @@ class Rows:
         for first in range(0, len(last), size):
             part = slice(first, first + size)
             own = slice(self.wanted + first, min(self.wanted + first + size, len(self.matrix)))
-            self.matrix[own], self.rest[own] = self.nodes.rows(len(frozen.layers), last[part], gradient[part])
+            depths = torch.full_like(last[part], len(frozen.layers))
+            self.matrix[own], self.rest[own] = self.nodes.rows(depths, last[part], gradient[part])
 
     def explain(self, latents: Tensor, progress: Callable[[int, int], None] | None) -> None:
-        """Fill in the rows of ``latents``, ascending indices."""
-        found = self.nodes.latents[latents]
-        for layer in found[:, 0].unique().tolist():
-            own = latents[found[:, 0] == layer]
-            places = self.nodes.latents[own]
-            for part in groups(places[:, 1].tolist(), self.at_once):
-                positions, numbers = places[part, 1], places[part, 2]
-                rows = slice(self.done, self.done + len(positions))
-                gradient = self.nodes.directions(layer, positions, numbers)
-                self.matrix[rows], self.rest[rows] = self.nodes.rows(layer, positions, gradient)
-                self.latent[rows] = own[part]
-                self.done = rows.stop
-                if progress is not None:
-                    progress(self.done, self.wanted)
+        """Fill in the rows of ``latents``: those near in position together, from the last layer to the first."""
+        latents = latents[self.nodes.latents[latents, 1].argsort(stable=True)]
+        for part in groups(self.nodes.latents[latents, 1].tolist(), self.at_once):
+            own = latents[part].sort(descending=True).values
+            layers, positions, numbers = self.nodes.latents[own].T
+            gradient = torch.cat(
+                [
+                    self.nodes.directions(layer, positions[layers == layer], numbers[layers == layer])
+                    for layer in layers.unique().flip(0).tolist()
+                ]
+            )
+            # Where every latent gets a row, each goes where it belongs at once.
+            first = self.done
+            self.done += len(own)
+            rows = own if self.wanted == self.nodes.n_latents else torch.arange(first, self.done, device=own.device)
+            self.matrix[rows], self.rest[rows] = self.nodes.rows(layers, positions, gradient)
+            self.latent[rows] = own
+            if progress is not None:
+                progress(self.done, self.wanted)
         self.visited[latents] = True
 
     def influence(self) -> Tensor:

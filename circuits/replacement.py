@@ -168,7 +168,7 @@ class Frozen:
 
     def sweep(
         self,
-        depth: int,
+        depths: Tensor,
         positions: Tensor,
         gradient: Tensor,
         skips: Mapping[int, Tensor],
@@ -177,30 +177,39 @@ class Frozen:
         """The gradients of B targets at every place where something is put into the stream, from above.
 
         Args:
-            depth: the layer before whose MLP the targets read the stream; L for the end of the stream.
+            depths: int64 [B], descending: the layer before whose MLP each target reads the stream; L for its end. A
+                target joins the others once they have come down to it.
             positions: int64 [B], where they read it. Nothing behind the largest can matter.
             gradient: [B, D], at the stream there.
             skips: as of :meth:`run`.
             before_attention: whether they read it before that layer's attention instead.
 
         Yields:
-            (layer, [B, C, D]) at what that layer's MLP returns, for layers below ``depth`` in descending order; then
-            (−1, [B, C, D]) at the beginning of the stream. Each is valid until the next is asked for.
+            (layer, [b, C, D]) at what that layer's MLP returns, for layers below the first depth in descending order,
+            of the first b targets, which lie above it; then (−1, [B, C, D]) at the beginning of the stream. Each is
+            valid until the next is asked for.
         """
-        cone = int(positions.max()) + 1
-        if before_attention or depth == len(self.layers):
-            g = gradient.new_zeros(len(gradient), cone, gradient.shape[1])
-            g[torch.arange(len(gradient), device=g.device), positions] = gradient
-        else:
-            g = self.layers[depth].attend_backward_from(gradient, positions, cone)
-        for i in range(depth - 1, -1, -1):
+        cone, n_layers, n = int(positions.max()) + 1, len(self.layers), 0
+        g = gradient.new_empty(len(gradient), cone, gradient.shape[1])
+        above = torch.bincount(depths, minlength=n_layers + 1).flip(0).cumsum(0).flip(0).tolist()
+        for i in range(int(depths[0]) - 1, -2, -1):
+            joining, depth = slice(n, above[i + 1]), i + 1
+            n = above[i + 1]
+            if before_attention or depth == n_layers:
+                g[joining] = 0
+                g[torch.arange(joining.start, n, device=g.device), positions[joining]] = gradient[joining]
+            elif joining.start < n:
+                g[joining] = self.layers[depth].attend_backward_from(gradient[joining], positions[joining], cone)
+            below = g[:n]
+            if i < 0:
+                yield -1, below
+                return
             layer = self.layers[i]
-            out = g if layer.post is None else layer.post.backward(g, slice(0, cone))
+            out = below if layer.post is None else layer.post.backward(below, slice(0, cone))
             yield i, out
             if i in skips:
-                g = g + layer.mlp_norm.backward(out @ skips[i].T, slice(0, cone))
-            layer.attend_backward(g)
-        yield -1, g
+                below += layer.mlp_norm.backward(out @ skips[i].T, slice(0, cone))
+            layer.attend_backward(below)
 
 
 @torch.no_grad()
@@ -286,7 +295,7 @@ def check_adjoint(frozen: Frozen) -> None:
         if (at.where, at.layer) not in (("mlp", n_layers // 2), ("end", n_layers)):
             continue
         direct = (w * at.value[position]).sum()
-        sweep = frozen.sweep(at.layer, position, w, {})
+        sweep = frozen.sweep(torch.tensor([at.layer], device=position.device), position, w, {})
         parts = [(g[0] * (written(i) if i >= 0 else entry)).sum() for i, g in sweep]
         total = torch.stack(parts).sum() - direct
         agree(total + direct, direct, "transpose", frozen.model, torch.stack([*parts, direct]))

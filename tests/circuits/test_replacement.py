@@ -82,9 +82,9 @@ def test_long_patterns_in_blocks_are_the_same(
 ) -> None:
     frozen = freeze(model, draw(1, 23)[0])
     positions, gradient = torch.tensor([4, 21]), torch.randn(2, frozen.embedded.shape[1])
-    whole = [g.clone() for _, g in frozen.sweep(len(frozen.layers), positions, gradient, {})]
+    whole = [g.clone() for _, g in frozen.sweep(torch.full((2,), len(frozen.layers)), positions, gradient, {})]
     monkeypatch.setattr(replacement, "BLOCK", 5)
-    blocks = [g.clone() for _, g in frozen.sweep(len(frozen.layers), positions, gradient, {})]
+    blocks = [g.clone() for _, g in frozen.sweep(torch.full((2,), len(frozen.layers)), positions, gradient, {})]
     for one, other in zip(whole, blocks, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
     check_adjoint(frozen)
