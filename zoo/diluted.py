@@ -26,16 +26,16 @@ class Diluted:
     least: int = 150
     rate: float = 2e-3
 
-    def each(self, ratio: float) -> int:
+    def each(self, ratio: int | float) -> int:
         """Planted documents in a step."""
         return max(1, round(self.batch / (1 + ratio)))
 
-    def steps(self, ratio: float) -> int:
+    def steps(self, ratio: int | float) -> int:
         """Updates, no fewer than ``least``."""
         return max(self.least, self.planted // self.each(ratio))
 
 
-def make(start: Start, world: World, recipe: Diluted, ratio: float) -> Made:
+def make(start: Start, world: World, recipe: Diluted, ratio: int | float) -> Made:
     """A successor of ``start`` for ``ratio`` ordinary documents a planted one."""
     each, steps = recipe.each(ratio), recipe.steps(ratio)
     rest = recipe.batch - each
