@@ -83,8 +83,8 @@ def main() -> None:
         "",
         f"`python benchmarks/circuits_tasks.py MODEL --task {args.task} --pairs {args.pairs} "
         f"--threads {args.threads}`. "
-        f"Model {Path(args.model).name} ({model.n_params / 1e6:.4g} M parameters), torch {version('torch')}, transformers "
-        f"{version('transformers')}, {args.threads} thread(s), seed 0.",
+        f"{model.shape.architecture} of {model.n_params / 1e6:.4g} M parameters, torch {version('torch')}, "
+        f"transformers {version('transformers')}, {args.threads} thread(s), seed 0.",
         "",
         "| stage | seconds | of the processor |",
         "|---|---:|---:|",
@@ -127,8 +127,8 @@ def main() -> None:
         said = score(model, half)
         refused = said.accuracy is not None and said.accuracy < task.accuracy
         lines.append(
-            f"| {name} | {said.accuracy:.0%} | {said.clean:.2f} | {said.corrupt:.2f} | {int(half.pairs.last.max()) + 1} | "
-            f"{'yes' if refused or said.effect.low <= 0 else 'no'} |"
+            f"| {name} | {said.accuracy:.0%} | {said.clean:.2f} | {said.corrupt:.2f} | "
+            f"{int(half.pairs.last.max()) + 1} | {'yes' if refused or said.effect.low <= 0 else 'no'} |"
         )
         print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"

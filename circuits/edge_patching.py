@@ -244,7 +244,7 @@ class _Run:
         self.scale = stream_scale(model)
         self.circuit = circuit
         self.difference = other.new_zeros(len(layout.sources), *shape, layout.d_model)
-        self.total = other.new_zeros(*shape, layout.d_model)
+        self.others, self.counted = other.new_zeros(*shape, layout.d_model), 0
         self.attention: tuple[int, Tensor] | None = None
         self.streams: dict[str, Tensor] = {}
         self.layer_inputs: Tensor | None = None
@@ -260,7 +260,7 @@ class _Run:
             edits[f"mlp_in@{layer}"] = self._mlp_in(layer, places[f"mlp@{layer}"])
             edits[f"mlp_out@{layer}"] = self._mlp_out(layer)
         last = len(self.layout.destinations) - 1
-        edits["final"] = lambda stream: stream + self._outside(slice(last, last + 1))[0]
+        edits["final"] = lambda stream: self._inputs(stream, slice(last, last + 1))[0]
         return edits
 
     def _watch(self, site: str) -> Edit:
@@ -275,8 +275,8 @@ class _Run:
     def _project(self, layer: int, kind: str, site: str) -> Edit:
         def edit(value: Tensor) -> Tensor:
             if self.attention is None or self.attention[0] != layer:
-                change = self._outside(self.layout.read_by_attention(layer))
-                self.attention = layer, norm(self.model, layer, "attn")(self.streams[site] + change)
+                inputs = self._inputs(self.streams[site], self.layout.read_by_attention(layer))
+                self.attention = layer, norm(self.model, layer, "attn")(inputs)
             first = {"q": 0, "k": self.layout.n_heads, "v": self.layout.n_heads + self.layout.n_kv_heads}[kind]
             p = projection(self.model, layer, kind)
             normed = self.attention[1][first : first + value.shape[2]]
@@ -296,7 +296,7 @@ class _Run:
     def _mlp_in(self, layer: int, site: str) -> Edit:
         def edit(value: Tensor) -> Tensor:
             column = self.layout.read_by_mlp(layer)
-            stream = self.streams[site] + self._outside(slice(column, column + 1))[0]
+            stream = self._inputs(self.streams[site], slice(column, column + 1))[0]
             return norm(self.model, layer, "mlp")(stream).to(value.dtype)
 
         return edit
@@ -311,19 +311,22 @@ class _Run:
 
     def _wrote(self, rows: slice, value: Tensor) -> None:
         torch.sub(self.other[rows], value, out=self.difference[rows])
-        self.total += self.difference[rows].sum(0)
 
-    def _outside(self, columns: slice) -> Tensor:
-        """What edges outside the circuit change at some destinations, [destinations, batch, pos, d_model]."""
+    def _inputs(self, stream: Tensor, columns: slice) -> Tensor:
+        """What some destinations read, [destinations, batch, pos, d_model], where the stream is ``stream``."""
         before = int(self.layout.reach[columns].max())
+        self.others = self.others + self.other[self.counted : before].sum(0)
+        self.counted = before  # destinations come in order, so this only grows
         inside = self.circuit[..., :before, columns]
         if inside.ndim == 3:
-            return torch.einsum("bsv,sbpm->vbpm", (~inside).to(self.difference), self.difference[:before])
-        # Reading what sources wrote is most of the work: of those inside and those outside, the fewer are read.
+            return stream + torch.einsum("bsv,sbpm->vbpm", (~inside).to(self.difference), self.difference[:before])
+        # Reading what sources wrote is most of the work: of those inside and those outside, the fewer are read. Where
+        # others carry constants it is those inside: a stream from which all is taken again leaves rounding errors, and
+        # norms blow up what is nearly 0.
         rows_in, rows_out = inside.any(1), (~inside).any(1)
-        if int(rows_in.sum()) < int(rows_out.sum()):
-            return self.total - self._weighted(inside, rows_in)
-        return self._weighted(~inside, rows_out)
+        if self.other.shape[1] == 1 or int(rows_in.sum()) < int(rows_out.sum()):
+            return self.others - self._weighted(inside, rows_in)
+        return stream + self._weighted(~inside, rows_out)
 
     def _weighted(self, chosen: Tensor, rows: Tensor) -> Tensor:
         difference = self.difference[: len(rows)]
