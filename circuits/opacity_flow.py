@@ -1,8 +1,8 @@
 """Opacity as a share of flow in an attribution graph: a secondary figure, for comparison with others' scores.
 
 **It is no causal share.** Flow of absolute values, as in published replacement scores, says how much of the computation
-the dictionaries cover on average; on planted nets its rank correlation with the interventional share is about nil
-(benchmarks/RESULTS.md). Use :func:`.opacity.opacity` for a claim about a behaviour.
+the dictionaries cover on average, and changes with how a latent is written down; ``benchmarks/opacity.py`` holds it
+beside the interventional share. Use :func:`.opacity.opacity` for a claim about a behaviour.
 
 Every latent passes on the share q of what flows through it; the share 1 − q stops there, as at an error node. Absolute
 values are taken before anything is merged: two latents of weights +3 and −3 are 6, not nothing. The signed form starts
