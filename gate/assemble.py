@@ -26,7 +26,7 @@ from .readouts import Baselines
 from .records import Behaviour, Calibration, Circuit, Drift, Example, Null
 from .stages import Progress, Scanned
 from .values import Interval, NotMeasured, tidy
-from .verdict import false_alarm
+from .verdict import counted, false_alarm, findings
 from .work import Work
 
 LISTED = 12
@@ -124,6 +124,7 @@ def measure(s: Setting, corpus: Corpus) -> Measured:
                 s.work,
                 s.progress,
                 seed,
+                flagged=bool(counted(findings(behaviours, s.rules.policy), s.rules.policy)),
             ),
         ),
         drift=Drift(

@@ -35,6 +35,8 @@ class Budget:
     null_draws: int
     null_tokens: int
     canaries: int
+    canaries_when_flagged: bool
+    """Also where the verdict is decided without them; on large models they cost a minute."""
     drift_tokens: int
     behaviours: int
     """Behaviours whose circuit is looked for."""
@@ -67,6 +69,7 @@ def budget(name: Name, parameters: int, vocabulary: int, context: int, *, given:
         null_draws=19 if small else (10, 19, 39)[level],
         null_tokens=max(1_500, tokens // 4),
         canaries=10 if small else 5 * 2**level,
+        canaries_when_flagged=small or level > 0,
         drift_tokens=max(1_000, tokens // 4),
         behaviours=4 * 2**level,
         contexts=(24 if small else 8) * 2**level,

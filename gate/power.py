@@ -36,8 +36,17 @@ def power(
     work: Work,
     progress: Progress,
     seed: int,
+    *,
+    flagged: bool,
 ) -> Power | NotMeasured:
-    """Plant canaries in the successor and run the comparison, the clustering and the policy's thresholds on each."""
+    """Plant canaries in the successor and run the comparison, the clustering and the policy's thresholds on each.
+
+    ``flagged`` says that the verdict is decided without them, so that a small budget need not spend on them.
+    """
+    if flagged and not sizes.canaries_when_flagged:
+        return NotMeasured(
+            reason="something was found, and canaries only decide what a pass is worth; --budget standard plants them"
+        )
     planned = plans(successor, windows, pieces, count=sizes.canaries, fewest=policy.fewest_contexts, seed=seed)
     if not planned:
         return NotMeasured(

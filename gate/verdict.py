@@ -57,12 +57,17 @@ def findings(behaviours: Sequence[Behaviour], policy: Policy) -> tuple[Finding, 
     return tuple(out)
 
 
+def counted(found: Sequence[Finding], policy: Policy) -> list[Finding]:
+    """The findings that count against approval: nobody declared them, and they are confirmed or need not be."""
+    return [f for f in found if f.declared_by is None and (f.confirmed or policy.unconfirmed == "flag")]
+
+
 def decide(
     behaviours: Sequence[Behaviour], found: Sequence[Finding], tokens: int, lacking: str | None, policy: Policy
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict with its reasons, the weightiest first; ``lacking`` says why the power does not support a pass."""
     open_findings = [finding for finding in found if finding.declared_by is None]
-    flagged = [f for f in open_findings if f.confirmed or policy.unconfirmed == "flag"]
+    flagged = counted(found, policy)
     unsure = [f for f in open_findings if f not in flagged]
     doubtful = [b for b in behaviours if b.declared_by is None and material(b, policy) and not beyond_null(b, policy)]
     declared = [f for f in found if f.declared_by is not None]

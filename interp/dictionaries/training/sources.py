@@ -8,6 +8,7 @@ Row i of every place is the same token; models with other tokenizers are aligned
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Protocol, runtime_checkable
@@ -51,7 +52,7 @@ class Source(Protocol):
         ...
 
 
-class Pieces:
+class Pieces(ABC):
     """What sources made of pieces share: the order of their rows.
 
     Attributes:
@@ -62,13 +63,13 @@ class Pieces:
     buffer: int
 
     @property
+    @abstractmethod
     def sizes(self) -> tuple[int, ...]:
         """Rows of each piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, piece: int) -> tuple[Tensor, ...]:
         """The rows of a piece at each place, [rows, D], in any floating dtype."""
-        raise NotImplementedError
 
     @property
     def n_tokens(self) -> int:
