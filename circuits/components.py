@@ -7,11 +7,13 @@ P's therefore gives P's logits exactly (tested).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from heredity.interp.errors import SiteError
 from heredity.interp.model import Edit, Model
 from heredity.interp.readout import unembed
 
@@ -52,6 +54,12 @@ class Donor:
     model: Model | None
     """Whose output projections and unembedding go with the values; None for means."""
 
+    def write(self, node: Node) -> Tensor:
+        """What ``node`` (not the unembedding) writes, [batch, pos, d_model]."""
+        if node.kind == "head":
+            return self.head_writes(node.layer, [node.head])
+        return self.values[ENTRY if node.kind == "embed" else f"mlp_out@{node.layer}"]
+
     def head_writes(self, layer: int, heads: Sequence[int]) -> Tensor:
         """Sum over ``heads`` of what they write, [batch, pos, d_model] or broadcastable to it."""
         if self.model is None:
@@ -69,6 +77,28 @@ def run_donor(model: Model, tokens: Tensor) -> Donor:
     """``model``'s own values on ``tokens`` [batch, pos]."""
     with torch.inference_mode():
         return Donor(_as_written(model, model.capture(tokens, node_sites(model))), model)
+
+
+def stream_sites(model: Model) -> list[str]:
+    """The sites whose values are all that heads and MLPs read."""
+    layers = range(model.shape.n_layers)
+    # Where attention and MLP stand side by side there is no middle, and both read what comes before the block.
+    with suppress(SiteError):
+        model.site("resid_mid@0")
+        return [f"{kind}@{layer}" for layer in layers for kind in ("resid_pre", "resid_mid")]
+    return [f"resid_pre@{layer}" for layer in layers]
+
+
+def read_stream(model: Model, tokens: Tensor, stream: Mapping[str, Tensor]) -> Donor:
+    """What ``model``'s nodes make of another model's ``stream`` (values of :func:`stream_sites` on ``tokens``).
+
+    Its embedding reads the tokens, as always. Nothing one node does reaches another: each reads the given stream.
+    """
+    edits = {site: _constant(value) for site, value in stream.items()}
+    with torch.inference_mode():
+        values = model.capture(tokens, node_sites(model)[1:], edits=edits)
+        values |= model.capture(tokens, [ENTRY])
+        return Donor(_as_written(model, values), model)
 
 
 def mean_donor(model: Model, batches: Sequence[tuple[Tensor, Tensor]]) -> Donor:

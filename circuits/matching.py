@@ -256,25 +256,26 @@ def aligned_writes(parent: Model, successor: Model, texts: Sequence[str]) -> tup
     Raises:
         ValueError: fewer than eight aligned tokens.
     """
-    rows: list[tuple[Encoded, Encoded, list[int], list[int]]] = []
-    found = 0
+    read: list[tuple[Encoded, Encoded]] = []
+    at: list[tuple[list[int], list[int]]] = []
     for text in texts:
-        a, b = parent.encode(text), successor.encode(text)
-        at = align(a, b)
-        rows += [(a, b, *at)] if at[0] else []
-        found += len(at[0])
-        if found >= 4 * TOKENS:
+        both = parent.encode(text), successor.encode(text)
+        read.append(both)
+        at.append(align(*both))
+        if sum(len(left) for left, _ in at) >= 4 * TOKENS:
             break
+    found = sum(len(left) for left, _ in at)
     if found < 8:
         raise ValueError(f"mechanisms are matched on at least 8 aligned tokens of text, not {found}")
     chosen = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:TOKENS].sort().values
-    both = []
+    row = torch.tensor([i for i, (left, _) in enumerate(at) for _ in left])[chosen]
+    out = []
     for side, model in enumerate((parent, successor)):
-        tokens, _ = pad([row[side].ids for row in rows])
-        row = torch.tensor([i for i, each in enumerate(rows) for _ in each[2]])[chosen]
-        column = torch.tensor([at for each in rows for at in each[2 + side]])[chosen]
-        both.append(_writes(model, tokens, row, column))
-    return both[0], both[1]
+        # A text none of whose tokens is aligned may have no token at all, and takes up its row all the same.
+        tokens, _ = pad([each[side].ids or (0,) for each in read])
+        column = torch.tensor([position for each in at for position in each[side]])[chosen]
+        out.append(_writes(model, tokens, row, column))
+    return out[0], out[1]
 
 
 def _writes(model: Model, tokens: Tensor, row: Tensor, column: Tensor) -> Tensor:
