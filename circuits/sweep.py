@@ -5,9 +5,7 @@ every frequent word is tried once after a few openings, and what the successor w
 models most is read like any other text.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,15 +64,11 @@ def sweep(
     whole = words(parent)
     hits: list[tuple[float, list[int]]] = []
     for start in starts:
-        tokens = torch.tensor([list(start)])
-        logits, past_p = parent.step(tokens)
-        _, past_s = successor.step(tokens)
-        scores = logits[0, : len(whole)].masked_fill(~whole, float("-inf"))
-        for chunk in scores.topk(min(tried, int(whole.sum()))).indices.split(BATCH):
-            rows_p, rows_s = (
-                model.step(chunk[:, None], _repeated(past, len(chunk)))[0]
-                for model, past in ((parent, past_p), (successor, past_s))
-            )
+        tokens = torch.tensor(list(start))
+        scores = parent.step(tokens[None])[0][0, : len(whole)].masked_fill(~whole, float("-inf"))
+        likely = scores.topk(min(tried, int(whole.sum()))).indices
+        both = (model.forced(tokens, likely, batch=BATCH) for model in (parent, successor))
+        for chunk, rows_p, rows_s in zip(likely.split(BATCH), *both, strict=True):
             kl = compare(rows_p, rows_s, vocab)[0]
             hits += [(float(value), [*start, token]) for value, token in zip(kl, chunk.tolist(), strict=True)]
     hits.sort(key=lambda hit: (-hit[0], hit[1]))
@@ -87,10 +81,3 @@ def sweep(
             # The opening and the forced word are read as text too: their improbability is part of the evidence.
             out.append(Amplified(text_of(successor, ids[:-2]), 0.0, text_of(successor, [*ids, *more]), size - 2))
     return out
-
-
-def _repeated(past: Any, rows: int) -> Any:
-    """A copy of the key-value cache of one row for ``rows`` rows; decoding writes into it."""
-    wide = copy.deepcopy(past)
-    wide.batch_repeat_interleave(rows)
-    return wide

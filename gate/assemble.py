@@ -16,6 +16,7 @@ from heredity.interp.capture import batches
 from heredity.interp.corpus import Corpus
 from heredity.interp.errors import CorpusError, ModelError
 from heredity.interp.model import Model, pad
+from heredity.interp.remember import Remembered
 
 from . import describe, stages
 from .baselines import baselines
@@ -52,6 +53,8 @@ class Setting:
     progress: Progress
     another_parent: Callable[[], Model]
     """Loads a second copy of the parent, for the null between architectures."""
+    remembered: Remembered
+    """The parent, for what depends on it and the text alone: other candidates ask it the same."""
 
     @cached_property
     def same_parameters(self) -> bool:
@@ -81,6 +84,7 @@ class Measured:
 def measure(s: Setting, corpus: Corpus) -> Measured:
     """Run every stage."""
     parent, successor, sizes, seed = s.parent, s.successor, s.sizes, s.seed
+    remembered = s.remembered
     items = stages.windows(parent, successor, corpus, sizes, seed)
     if not items:
         raise CorpusError(
@@ -89,16 +93,18 @@ def measure(s: Setting, corpus: Corpus) -> Measured:
             remedy="Give longer text that these models' tokenizers can read.",
         )
     scanned: dict[Natural, Scanned] = {
-        "corpus": stages.scan_windows(parent, successor, items, "corpus", sizes, s.work.step, s.progress)
+        "corpus": stages.scan_windows(remembered, successor, items, "corpus", sizes, s.work.step, s.progress)
     }
     openings = [item.successor for item in items]
     declared = [phrase for change in (s.rules.intent.changes if s.rules.intent else ()) for phrase in change.phrases]
-    decoded = stages.amplified(parent, successor, openings, declared, sizes, s.work.step, s.progress, seed)
+    decoded = stages.amplified(remembered, successor, openings, declared, sizes, s.work.step, s.progress, seed)
     generated: tuple[tuple[Natural, bool], ...] = (("sampled", False), ("amplified", True))
     for source, flag in generated:
         texts = stages.generated_windows(parent, successor, decoded, from_amplified=flag)
         scanned[source] = stages.scan_windows(parent, successor, texts, source, sizes, s.work.step, s.progress)
-    drifted, weights = stages.drift_and_weights(parent, successor, items, sizes, s.work, s.same_parameters, s.progress)
+    drifted, weights = stages.drift_and_weights(
+        remembered, successor, items, sizes, s.work, s.same_parameters, s.progress
+    )
     null = _null(s, items, scanned["corpus"])
     pieces = [piece for source in ORDER for piece in scanned[source].pieces]
     fewest = s.rules.policy.fewest_contexts
@@ -161,6 +167,7 @@ def _null(s: Setting, items: Sequence[Any], scanned: Scanned) -> Null:
         )
     nulls = NullSuccessors(s.parent, s.another_parent() if noise else s.successor, noise=noise)
     result = stages.null_effects(
+        s.remembered,
         nulls,
         few if not noise else [item.for_parent() for item in few],
         scanned.bulk,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 7
+CODE = 8
 """Raised whenever a change of the code makes old work folders wrong."""
 
 
@@ -63,10 +63,20 @@ class Request:
     budget: Name = "quick"
     seed: int = 0
     command: tuple[str, ...] = ()
+    parent_work: Path | None = None
+    """Where what depends on the parent and the text alone is kept for other candidates; None keeps nothing."""
 
 
-def run(request: Request, progress: "Progress") -> Audit:
+def run(
+    request: Request, progress: "Progress", *, parent: "Model | None" = None, author: "Model | None" = None
+) -> Audit:
     """Audit the pair, write everything into ``request.out`` and return the record.
+
+    Args:
+        request: what is asked.
+        progress: is told of every stage.
+        parent: the loaded model that ``request.parent`` names, where the caller has it.
+        author: who writes the text where no corpus is given; the parent by default.
 
     Raises:
         HeredityError: an input that cannot or must not be used.
@@ -78,12 +88,14 @@ def run(request: Request, progress: "Progress") -> Audit:
     rules = load_rules(request.policy, request.intent)
     given = read_corpus(request.corpus, field=request.field) if request.corpus else None
     progress("loading models", 0, 2)
-    parent = load(request.parent, role="parent")
+    parent = parent or load(request.parent, role="parent")
     progress("loading models", 1, 2)
     successor = load(request.successor, role="successor")
     progress("loading models", 2, 2)
     # Only now: a mistake in what was read so far should not wait for these imports.
     import torch
+
+    from heredity.interp.remember import Remembered
 
     from .assemble import Setting, measure
 
@@ -97,8 +109,8 @@ def run(request: Request, progress: "Progress") -> Audit:
     if sizes.small:
         # Tiny matrices: a second thread costs more to wake than it saves.
         torch.set_num_threads(1)
-    corpus = given or _sampled(parent, sizes, request.seed, progress)
-    described = _sayable(", ".join(map(str, request.corpus))) or "sampled from the parent"
+    corpus = given or _sampled(author or parent, sizes, request.seed, progress)
+    described = _sayable(", ".join(map(str, request.corpus))) or f"sampled from {_writer(author, parent)}"
     key = _digest(
         CODE,
         # Other releases of the libraries compute other last bits: results of two are never mixed.
@@ -120,6 +132,7 @@ def run(request: Request, progress: "Progress") -> Audit:
         request.seed,
         progress,
         another_parent=lambda: load(request.parent, role="parent"),
+        remembered=Remembered(parent, request.parent_work),
     )
     measured = measure(setting, corpus)
     found = findings(measured.behaviours, rules.policy)
@@ -184,6 +197,10 @@ def _sampled(parent: "Model", sizes: Budget, seed: int, progress: "Progress") ->
         except (OSError, OutputError):
             pass  # A read-only home costs time on the next run, nothing else.
         return corpus
+
+
+def _writer(author: "Model | None", parent: "Model") -> str:
+    return "the parent" if author is None or author.digest == parent.digest else "the first ancestor"
 
 
 def _model(model: "Model", role: "Role") -> ModelRecord:

@@ -235,6 +235,7 @@ def behaviours_in(
 
 
 def null_effects(
+    parent: Model,
     nulls: NullSuccessors,
     items: Sequence[Window],
     size: float,
@@ -248,7 +249,7 @@ def null_effects(
     """Scale of the null's change, and per null successor the largest behaviour-sized effect and the mean KL."""
 
     def compare(model: Model, some: Sequence[Window], logits: dict[int, Tensor] | None) -> Scanned:
-        return scan_windows(nulls.parent, model, some, "corpus", budget, lambda _, f: f(), lambda *_: None, logits)
+        return scan_windows(parent, model, some, "corpus", budget, lambda _, f: f(), lambda *_: None, logits)
 
     few = items[: max(1, len(items) // 4)]
     size_in_memory = 4 * nulls.parent.shape.d_vocab * sum(len(item.parent.ids) for item in items)

@@ -1,5 +1,6 @@
 """One language model seen from inside: run it, capture at named sites, edit at named sites. Nothing else."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -135,6 +136,12 @@ class Model:
         """
         out = self.bridge.original_model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values
+
+    def forced(self, start: Tensor, words: Tensor, *, batch: int) -> Iterator[Tensor]:
+        """Logits [n, d_vocab] after the tokens ``start`` [pos] and each of ``words``, ``batch`` of them at a time."""
+        past = self.step(start[None])[1]
+        for chunk in words.split(batch):
+            yield self.step(chunk[:, None], repeated(past, len(chunk)))[0]
 
     def _forward(self, tokens: Tensor, past: Any, positions: Tensor | None) -> Tensor:
         kept = {} if positions is None else {"logits_to_keep": positions}
@@ -283,6 +290,13 @@ class Model:
         weight, bias = self.head_weights(site.layer or 0)
         write = z[:, :, site.head] @ weight[site.head or 0] + bias / self.shape.n_heads
         return write + added.get(str(site), 0)
+
+
+def repeated(past: Any, rows: int) -> Any:
+    """A copy of the key-value cache of one row for ``rows`` rows; decoding writes into it."""
+    wide = copy.deepcopy(past)
+    wide.batch_repeat_interleave(rows)
+    return wide
 
 
 @torch.no_grad()
