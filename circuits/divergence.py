@@ -74,6 +74,8 @@ class TextScan:
     p_parent_in_successor: list[float]
     surprise: list[float]
     """−log p of the token that really follows, under the successor, nats (0 at the last token)."""
+    surprise_parent: list[float]
+    """The same under the parent, of the token that follows there."""
 
 
 @dataclass(frozen=True)
@@ -134,27 +136,38 @@ def scan(parent: Model, successor: Model, windows: Sequence[Window], logits_pare
             at_parent, at_successor = [a for a, _ in kept], [b for _, b in kept]
             columns: list[list[float]] = [[] for _ in range(8)]
             surprise: list[float] = []
+            surprise_parent: list[float] = []
             for lo in range(0, len(kept), CHUNK):
-                at = at_successor[lo : lo + CHUNK]
-                rows_parent = logits_parent[i, at_parent[lo : lo + CHUNK]]
-                rows_successor = logits_successor[i, at]
-                for column, values in zip(columns, compare(rows_parent, rows_successor, vocab), strict=True):
+                at, at_p = at_successor[lo : lo + CHUNK], at_parent[lo : lo + CHUNK]
+                rows_p, rows_s = logits_parent[i, at_p], logits_successor[i, at]
+                log_p, log_s = _common(rows_p, rows_s, vocab)
+                surprise += _surprise(_own(rows_s, log_s, vocab), window.successor.ids, at)
+                surprise_parent += _surprise(_own(rows_p, log_p, vocab), window.parent.ids, at_p)
+                for column, values in zip(columns, _compare(log_p, log_s, vocab), strict=True):
                     column += values.tolist()
-                surprise += _surprise(rows_successor, [window.successor.ids[b + 1 : b + 2] for b in at])
-                _mine(rows_parent, rows_successor, vocab, raised, lowered)
+                _mine(log_p, log_s, vocab, raised, lowered)
             kl, reverse, *rest = columns
-            out.append(TextScan(window.text_id, at_successor, at_parent, kl, reverse, *rest, surprise))  # pyright: ignore
+            found = TextScan(window.text_id, at_successor, at_parent, kl, reverse, *rest, surprise, surprise_parent)  # pyright: ignore
+            out.append(found)
     return Scan(out, dict(raised), dict(lowered))
 
 
-def _surprise(logits: Tensor, following: Sequence[Sequence[int]]) -> list[float]:
-    log_p = torch.log_softmax(logits.float(), -1)
-    return [-float(log_p[k, ids[0]]) if ids else 0.0 for k, ids in enumerate(following)]
+def _own(logits: Tensor, common: Tensor, vocab: Vocabulary) -> Tensor:
+    """Log-probabilities [N, V] over a model's own tokens, which mostly are the common ones."""
+    return common if vocab.same and common.shape == logits.shape else torch.log_softmax(logits.float(), -1)
+
+
+def _surprise(log_p: Tensor, ids: Sequence[int], at: Sequence[int]) -> list[float]:
+    """−log p of the token after each position ``at``; rows of ``log_p`` are those positions."""
+    return [-float(log_p[k, ids[i + 1]]) if i + 1 < len(ids) else 0.0 for k, i in enumerate(at)]
 
 
 def compare(parent: Tensor, successor: Tensor, vocab: Vocabulary) -> tuple[Tensor, ...]:
     """Columns ``kl`` to ``p_parent_in_successor`` of :class:`TextScan` for logits [N, V] of both models."""
-    log_p, log_s = _common(parent, successor, vocab)
+    return _compare(*_common(parent, successor, vocab), vocab)
+
+
+def _compare(log_p: Tensor, log_s: Tensor, vocab: Vocabulary) -> tuple[Tensor, ...]:
     p, s = log_p.exp(), log_s.exp()
     # Rounding can leave a KL of equal distributions a hair below zero.
     kl = (s * (log_s - log_p)).sum(-1).clamp_min(0)
@@ -186,8 +199,7 @@ def _project(logits: Tensor, ids: Tensor | None) -> Tensor:
     return torch.cat([log_p[:, ids], rest.clamp_min(LEAST)], -1)
 
 
-def _mine(parent: Tensor, successor: Tensor, vocab: Vocabulary, raised: Counter[int], lowered: Counter[int]) -> None:
-    log_p, log_s = _common(parent, successor, vocab)
+def _mine(log_p: Tensor, log_s: Tensor, vocab: Vocabulary, raised: Counter[int], lowered: Counter[int]) -> None:
     gain = log_s - log_p if vocab.same else (log_s - log_p)[:, :-1]
     k = min(MINED, gain.shape[1])
     for counter, best in ((raised, gain.topk(k)), (lowered, (-gain).topk(k))):

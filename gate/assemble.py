@@ -139,12 +139,19 @@ def measure(s: Setting, corpus: Corpus) -> Measured:
             if s.same_parameters
             else NotMeasured(reason="the models have different parameters"),
             lowest_cka=tidy(min(value for _, value in drifted["cka"])),
+            loss_parent=_loss(scanned["corpus"], of_parent=True),
+            loss_successor=_loss(scanned["corpus"], of_parent=False),
         ),
         texts=len(items),
         tokens=sum(len(item.parent.ids) for item in items),
         compared=len(kl),
         kl_in_behaviours=tidy(inside / kl.sum()) if kl.sum() > 0 else 0.0,
     )
+
+
+def _loss(scanned: Scanned, *, of_parent: bool) -> float | NotMeasured:
+    found = scanned.loss(of_parent=of_parent)
+    return NotMeasured(reason="no token follows a compared one") if found is None else tidy(found)
 
 
 def _null(s: Setting, items: Sequence[Any], scanned: Scanned) -> Null:

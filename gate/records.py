@@ -259,6 +259,10 @@ class Drift(Record):
     """‖θ_S − θ_P‖ / ‖θ_P‖."""
     lowest_cka: float
     """Smallest linear CKA over the sites read."""
+    loss_parent: float | NotMeasured
+    """Mean −log p of the tokens that follow on the corpus under the parent, nats per token of its own."""
+    loss_successor: float | NotMeasured
+    """The same under the successor: comparable with the parent's where both read text as the same tokens."""
 
 
 class PolicyRecord(Record):

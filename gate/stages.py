@@ -100,6 +100,17 @@ class Scanned:
         """The percentile of KL(S‖P) by which the size of a change is measured, nats."""
         return float(np.percentile(self.kl, PERCENTILE))
 
+    def loss(self, *, of_parent: bool) -> float | None:
+        """Mean −log p of the tokens that really follow compared positions, nats; None where none follows."""
+        values: list[float] = []
+        for piece in self.pieces:
+            scan = piece.scan
+            read, at, surprise = piece.successor, scan.position, scan.surprise
+            if of_parent:
+                read, at, surprise = piece.parent, scan.position_parent, scan.surprise_parent
+            values += [value for i, value in zip(at, surprise, strict=True) if i + 1 < len(read.ids)]
+        return float(np.mean(values)) if values else None
+
     @property
     def reverse(self) -> np.ndarray:
         """KL(P‖S) of every compared position, nats."""

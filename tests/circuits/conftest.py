@@ -23,7 +23,8 @@ MOVED = 0.15
 LATENTS = 40
 """Of each random dictionary."""
 
-FLOATS = ("reverse", "p_successor", "p_successor_in_parent", "p_parent", "p_parent_in_successor", "surprise")
+FLOATS = ("reverse", "p_successor", "p_successor_in_parent", "p_parent", "p_parent_in_successor")
+FLOATS += ("surprise", "surprise_parent")
 
 
 def _parameters(model: "Model") -> "list[Tensor]":
@@ -317,6 +318,7 @@ def piece() -> "Callable[..., Piece]":
             "p_parent": [0.5] * n,
             "p_parent_in_successor": [0.5] * n,
             "surprise": [0.0] * n,
+            "surprise_parent": [0.0] * n,
         }
         given = {key: list(map(float, values)) if key in FLOATS else list(values) for key, values in columns.items()}
         return Piece(source, read, read, TextScan(name, kl=list(map(float, kl)), **{**plain, **given}))

@@ -161,6 +161,8 @@ def test_every_position_is_compared_and_scored_by_the_token_that_follows(parent:
     log_p = parent.logits(tokens)[0].double().log_softmax(-1)
     want = [-float(log_s[i, window.successor.ids[i + 1]]) for i in range(n - 1)]
     assert text.surprise == pytest.approx([*want, 0.0], abs=1e-4)
+    want = [-float(log_p[i, window.parent.ids[i + 1]]) for i in range(n - 1)]
+    assert text.surprise_parent == pytest.approx([*want, 0.0], abs=1e-4)
     assert text.kl == pytest.approx(kl64(log_s.exp(), log_p.exp()).tolist(), rel=1e-3, abs=1e-5)
     assert max(text.kl) > 0.01
 

@@ -247,7 +247,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
             kl_in_behaviours=0.893,
             sites=absent("needs sparse dictionaries"),
         ),
-        drift=r.Drift(mean_kl=0.0113, weight_distance=0.041, lowest_cka=0.989),
+        drift=r.Drift(mean_kl=0.0113, weight_distance=0.041, lowest_cka=0.989, loss_parent=1.31, loss_successor=1.29),
         policy=r.PolicyRecord(
             name=say("default"),
             sha256="9a" * 32,
