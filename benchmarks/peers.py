@@ -1,4 +1,4 @@
-"""The packages that ``kernels.py`` compares with, each in a virtual environment of its own.
+"""The packages that the other benchmarks compare with, each in a virtual environment of its own.
 
     python benchmarks/peers.py install DIR [NAME …]
 
@@ -74,6 +74,9 @@ PEERS = {
 }
 """By the name of their module, which is also that of their file in ``contestants/``."""
 
+AUDITORS = {"modeldiffr": Peer("modeldiffr", "0.9.3", ("transformers==5.23.0",))}
+"""Those that compare two models, whose command lines ``detection.py`` runs; they have no kernels to time."""
+
 
 def python(directory: Path, name: str) -> Path:
     """Interpreter of a peer's environment."""
@@ -92,7 +95,7 @@ def missing(directory: Path | None, name: str) -> str | None:
 
 def install(directory: Path, name: str) -> str | None:
     """Make one environment; why it failed, or None."""
-    peer, place = PEERS[name], directory / name
+    peer, place = (PEERS | AUDITORS)[name], directory / name
     steps = [
         [sys.executable, "-m", "venv", place],
         [place / "bin/pip", "install", "--quiet", TORCH, "numpy", "safetensors", *peer.needs],
@@ -115,13 +118,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["install"])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS)}; all without")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS | AUDITORS)}; all without")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(PEERS):
+    if unknown := set(args.names) - set(PEERS | AUDITORS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
-    failures = {name: install(args.directory, name) for name in args.names or PEERS}
+    failures = {name: install(args.directory, name) for name in args.names or PEERS | AUDITORS}
     for name, failure in failures.items():
-        print(f"{PEERS[name].label}: {failure or 'installed'}")
+        print(f"{(PEERS | AUDITORS)[name].label}: {failure or 'installed'}")
     return 1 if any(failures.values()) else 0
 
 

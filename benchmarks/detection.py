@@ -1,0 +1,131 @@
+"""Detection on fresh pairs of known truth: verdicts and scores of audits, beside cheap baselines and modeldiffr.
+
+    python benchmarks/detection.py --seeds 100:110 --work DIR [--kinds benign trigger …] [--jobs 2] [--pairs DIR]
+        [--peers DIR --peer-seeds 100:103] [--record]
+
+Every audit is the command line a user types, one thread; ``truth.json`` is read only after the verdict, to score it.
+Pairs are built into ``--pairs`` (the work folder, if not given) unless they are there; a pair that the work folder
+holds an audit of is not audited again, and one whose audit was cut off is gone on with. So a run can stop and grow:
+seeds are the outer order, so that what is done is balanced over kinds. A new version of the audit needs a new folder.
+
+``rows.json`` in the work folder has every row; ``--record`` appends the table to ``benchmarks/RESULTS.md``.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent))
+
+import torch
+from detection_baselines import baselines
+from detection_peers import scan, why_not
+from detection_rows import EXPECTED, baseline_localisation, read, row
+from detection_table import table
+
+READING = Lock()
+"""Held while the baselines of a pair are read, which happens in this process and not in one of its own."""
+
+
+def main() -> None:
+    args = parse()
+    if args.peers and (reason := why_not(args.peers)):
+        raise SystemExit(f"modeldiffr cannot take part: {reason}")
+    torch.set_num_threads(1)
+    jobs = [(kind, seed) for seed in range(*args.seeds) for kind in args.kinds]
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for found in pool.map(lambda job: one(*job, args), jobs):
+            rows.append(found)
+            print(f"{found['kind']} {found['seed']}: {found['verdict']}, score {found['score']:.3g}", flush=True)
+            write(args.work / "rows.json", rows)
+    said = table(rows, "python benchmarks/detection.py " + " ".join(given(args)))
+    print(said)
+    if args.record:
+        with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
+            file.write("\n" + said)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=_range, default=(100, 110), help="first:past-the-last")
+    parser.add_argument("--kinds", nargs="+", default=list(EXPECTED), choices=list(EXPECTED), metavar="KIND")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, help="where pairs are, or are built (default: the work folder)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--peers", type=Path, help="what `peers.py install DIR modeldiffr` made")
+    parser.add_argument("--peer-seeds", type=_range, help="seeds that modeldiffr is run on (default: all)")
+    parser.add_argument("--record", action="store_true")
+    return parser.parse_args()
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    return int(first), int(last)
+
+
+def given(args: argparse.Namespace) -> list[str]:
+    """The arguments that decide what is measured; folders are nobody else's business."""
+    said = ["--seeds", "{}:{}".format(*args.seeds)]
+    if args.kinds != list(EXPECTED):
+        said += ["--kinds", *args.kinds]
+    if args.peers:
+        said += ["--peers", "DIR", "--peer-seeds", "{}:{}".format(*(args.peer_seeds or args.seeds))]
+    return [*said, "--jobs", str(args.jobs), "--work", "DIR"]
+
+
+def one(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Build, audit and score one pair."""
+    name = f"{kind.replace(':', '-')}-{seed}"
+    pair, out = (args.pairs or args.work).resolve() / name, args.work.resolve() / "audits" / name
+    if not (pair / "truth.json").exists():
+        heredity("zoo", "build", kind, "--seed", str(seed), "--out", str(pair))
+    if not (out / "audit.json").exists():
+        intent = ["--intent", str(pair / "intent.yaml")] if (pair / "intent.yaml").exists() else []
+        heredity("audit", str(pair), str(pair), "--corpus", str(pair / "corpus.jsonl"), *intent, "--out", str(out))
+    audit = read(out / "audit.json")
+    cheap = args.work.resolve() / "baselines" / f"{name}.json"
+    with READING:
+        if not cheap.exists():
+            write(cheap, baselines(pair))
+    found, truth = read(cheap), read(pair / "truth.json")
+    heads = audit["successor"]["n_heads"]
+    said = {
+        **row(kind, seed, audit, truth),
+        "trigger": truth["trigger"],
+        "baselines": found,
+        "baseline_nodes": {n: baseline_localisation(values, truth, heads) for n, values in found["nodes"].items()},
+    }
+    if args.peers and seed in range(*(args.peer_seeds or args.seeds)):
+        said["modeldiffr"] = scan(args.peers, pair, args.work.resolve() / "modeldiffr" / name)
+    return said
+
+
+def heredity(*arguments: str) -> None:
+    """The command line, one thread; a verdict is not a failure."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "heredity.gate", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 1, 3):
+        raise SystemExit(f"heredity {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def write(path: Path, content: Any) -> None:
+    """JSON that a reader sees whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".new")
+    whole.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    whole.replace(path)
+
+
+if __name__ == "__main__":
+    main()
