@@ -22,6 +22,7 @@ from .records import Audit, Behaviour, Circuit, Coverage, ModelRecord, PolicyRec
 from .report import write_report
 from .summary import markdown
 from .values import NotMeasured, tidy
+from .values import sayable as _sayable
 from .verdict import decide, findings, lacking
 from .work import Work, unwritable, write_atomically
 
@@ -226,11 +227,6 @@ def _named(spec: str, role: "Role") -> str:
     if parsed.kind == "adapter":
         return f"{_named(parsed.base, role)}+{parsed.adapter}"
     return parsed.base if parsed.kind == "zoo" else spec
-
-
-def _sayable(text: str) -> str:
-    """``text`` with the bytes of file names and arguments that are no UTF-8 as escapes: JSON holds characters only."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _policy(rules: Loaded, behaviours: Sequence[Behaviour]) -> PolicyRecord:

@@ -1,12 +1,8 @@
 """The ``heredity`` command. Results on stdout, progress and errors on stderr; exit codes in :class:`Exit`."""
 
-import logging
 import os
 import shutil
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +16,8 @@ from heredity.zoo import KINDS, parse
 
 from . import train_command
 from .circuit_command import circuit
-from .progress import Bars
+from .progress import Bars, logged
+from .score_command import score
 from .work import unwritable
 
 app = typer.Typer(
@@ -33,7 +30,6 @@ app = typer.Typer(
 zoo_app = typer.Typer(help="Model pairs with known truth.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 
-log = logging.getLogger("heredity")
 errors = Console(stderr=True)
 
 
@@ -70,6 +66,10 @@ def audit(
         Path | None, typer.Option(help="YAML: what counts as a finding. Default: the shipped one.")
     ] = None,
     budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much to look at.")] = "quick",
+    parent_work: Annotated[
+        Path | None,
+        typer.Option(help="Directory that keeps the parent's part of the work for audits of other successors."),
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -80,7 +80,7 @@ def audit(
     from .audit import Request, run
     from .summary import terminal
 
-    with _logged(out), Bars(errors) as bars:
+    with logged(out, errors), Bars(errors) as bars:
         result = run(
             Request(
                 parent=parent,
@@ -93,6 +93,7 @@ def audit(
                 budget=budget,
                 seed=seed,
                 command=("heredity", *sys.argv[1:]),
+                parent_work=parent_work,
             ),
             bars.update,
         )
@@ -133,6 +134,7 @@ def capture(
 
 
 app.command()(circuit)
+app.command()(score)
 
 
 @app.command()
@@ -239,36 +241,6 @@ def _discard_stdout() -> None:
 def _say(text: str) -> None:
     """One line on stdout, never broken: it may be a path that somebody copies."""
     Output().print(Text(one_line(text, 8000)), soft_wrap=True)
-
-
-@contextmanager
-def _logged(out: Path) -> Iterator[None]:
-    """``out`` exists, and the run's log goes to ``out/run.log``."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(out / "run.log", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise unwritable(out, error) from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        log.info("started: %s", one_line(" ".join(sys.argv), 2000))
-        yield
-        log.info("finished")
-    except KeyboardInterrupt:
-        log.error("interrupted")
-        errors.print("interrupted; the same command resumes")
-        raise
-    except BaseException as error:
-        log.error("stopped: %s", one_line(str(error)) or type(error).__name__)
-        if not isinstance(error, HeredityError):
-            log.error("%s", traceback.format_exc())
-        raise
-    finally:
-        log.removeHandler(handler)
-        handler.close()
 
 
 app.command("train-dictionary")(train_command.command(_say, errors))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-_SIGNS = {"pass": "✅", "flag": "⛔", "inconclusive": "❓"}
-_STYLES = {"pass": "bold white on dark_green", "flag": "bold white on red3", "inconclusive": "bold black on gold1"}
+SIGNS = {"pass": "✅", "flag": "⛔", "inconclusive": "❓"}
+STYLES = {"pass": "bold white on dark_green", "flag": "bold white on red3", "inconclusive": "bold black on gold1"}
 _PLAIN = frozenset(" ,;()%'./+=?-" + string.ascii_letters + string.digits)
 _LEADING = re.compile(r"\s*(\d+[.)]|[-+=])")  # what makes a list or a heading at the start of a line
 # Renderers make links of bare addresses and mentions even where every mark in them is a reference.
@@ -32,7 +32,7 @@ def markdown(audit: Audit) -> str:
     word, meaning = phrases.VERDICTS[audit.verdict]
     groups = phrases.cases(audit)
     lines = [
-        f"## {_SIGNS[audit.verdict]} {word}",
+        f"## {SIGNS[audit.verdict]} {word}",
         "",
         f"{meaning} Successor {_named(audit.successor)}, parent {_named(audit.parent)}, "
         f"policy {_code(audit.policy.name)}.",
@@ -56,7 +56,7 @@ def terminal(audit: Audit, console: "Console") -> None:
 
     word, meaning = phrases.VERDICTS[audit.verdict]
     groups = phrases.cases(audit)
-    console.print(Text.assemble((f" {word.upper()} ", _STYLES[audit.verdict]), f" {meaning}"))
+    console.print(Text.assemble((f" {word.upper()} ", STYLES[audit.verdict]), f" {meaning}"))
     for reason in audit.reasons:
         console.print(Padding(Text(f"• {visible(reason, 400)}"), (0, 0, 0, 2)))
     console.print()
@@ -183,3 +183,7 @@ def _text(text: str, limit: int = 600) -> str:
         c if not c.isascii() or (c in _PLAIN and i != mark) else _BREAKS.get(c) or f"&#{ord(c)};"
         for i, c in enumerate(shown)
     )
+
+
+code, escaped = _code, _text
+"""For other pages of the same make."""

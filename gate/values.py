@@ -16,6 +16,11 @@ def tidy(value: float) -> float:
     return float(f"{float(value):.6g}")
 
 
+def sayable(text: str) -> str:
+    """``text`` with the bytes of file names and arguments that are no UTF-8 as escapes: JSON holds characters only."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class NotMeasured(Record):
     """A value that this audit did not measure."""
 
