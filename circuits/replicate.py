@@ -52,9 +52,25 @@ def replicate(
 def _with_replicas(
     found: Cluster, parent: Model, successor: Model, carriers: Sequence[Window], window: int, rng: np.random.Generator
 ) -> Cluster:
-    windows = []
     given = [c for c in found.contexts if c.piece.source == "corpus"]
-    for k in range(REPLICAS):
+    made = replicas(given, parent, successor, carriers, count=REPLICAS, window=window, rng=rng)
+    contexts = sorted([*found.contexts, *made], key=lambda c: (-c.kl, c.piece.scan.text_id, c.at))
+    return replace(found, contexts=tuple(contexts))
+
+
+def replicas(
+    given: Sequence[Context],
+    parent: Model,
+    successor: Model,
+    carriers: Sequence[Window],
+    *,
+    count: int,
+    window: int,
+    rng: np.random.Generator,
+) -> list[Context]:
+    """``count`` contexts that end as those of ``given`` (in turn) and begin as ``carriers`` drawn at random."""
+    windows = []
+    for k in range(count):
         context = given[k % len(given)]
         carrier = carriers[int(rng.integers(len(carriers)))]
         text = _transplanted(context, carrier, window)
@@ -62,13 +78,11 @@ def _with_replicas(
         name = f"{context.piece.scan.text_id}+{carrier.text_id}"
         windows.append(Window(name, read_p, read_s, len(read_s.ids) - 1))
     scanned = scan(parent, successor, windows)
-    replicas = [
+    return [
         Context(Piece("replicated", w.parent, w.successor, s), len(s.kl) - 1, (len(s.kl) - 1, len(s.kl) - 1))
         for w, s in zip(windows, scanned.texts, strict=True)
         if s.kl
     ]
-    contexts = sorted([*found.contexts, *replicas], key=lambda c: (-c.kl, c.piece.scan.text_id, c.at))
-    return replace(found, contexts=tuple(contexts))
 
 
 def _transplanted(context: Context, carrier: Window, window: int) -> str:

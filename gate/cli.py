@@ -17,6 +17,7 @@ from heredity.zoo import KINDS, parse
 from . import train_command
 from .circuit_command import circuit
 from .progress import Bars, logged
+from .repair_command import repair
 from .score_command import score
 from .work import unwritable
 
@@ -135,6 +136,7 @@ def capture(
 
 app.command()(circuit)
 app.command()(score)
+app.command()(repair)
 
 
 @app.command()

@@ -59,6 +59,20 @@ def load(spec: str, *, role: Role = "parent", tolerance: float = 1e-2) -> "Model
         return _wrap(hf, tokenizer, spec, digest, tolerance)
 
 
+def bare(spec: str, role: Role = "parent") -> tuple[Any, Any, "Tensor"]:
+    """The transformers model that ``spec`` names, read as :func:`load` reads it, its tokenizer, and tokens [2, pos] to
+    compare forwards on.
+
+    Raises:
+        HeredityError: as :func:`load` does.
+    """
+    parsed = parse_spec(spec, role)
+    with _quiet(online=_names_hub(parsed, role)):
+        hf, tokenizer, _ = _read(parsed, role)
+        hf.eval()
+        return hf, tokenizer, _probe(tokenizer, hf)[0]
+
+
 def _read(parsed: ModelSpec, role: Role) -> tuple[Any, Any, str]:
     """The bare model, its tokenizer and the content digest."""
     if parsed.kind == "adapter":
