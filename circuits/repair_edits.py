@@ -3,7 +3,7 @@
 *Restore* makes the changed linear maps the parent's on the part of their input that the behaviour uses
 (:mod:`.subspace`). *Overwrite* is also for models whose parts do not correspond: the output matrices of the circuit's
 nodes are changed so that, on the inputs the behaviour gives them, they write what the parent's node wrote, or the
-node's mean over ordinary text, with the least change of what they write on ordinary text (the closed form of Meng et al.
+node's mean over ordinary text, with the least change of what they write on ordinary text (closed form: Meng et al.,
 2210.07229, eq. 14, with our keys and values).
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from heredity.circuits.attribution import prompts_of
-from heredity.circuits.behaviours import Cluster, Context, Piece
+from heredity.circuits.behaviours import Cluster, Context, Natural, Piece
 from heredity.circuits.components import Node, mean_donor
 from heredity.circuits.linear import Factors, edited_weights, linear_maps, second_moments
 from heredity.circuits.repair import Bed, Tried, choose
@@ -138,11 +138,14 @@ def search(s: "Setting", corpus: "Corpus", audit: Audit) -> tuple[list[Cluster],
 
     items = stages.windows(s.parent, s.successor, corpus, s.sizes, s.seed)
     step, progress = s.work.step, s.progress
-    scanned = {"corpus": stages.scan_windows(s.parent, s.successor, items, "corpus", s.sizes, step, progress)}
+    scanned: dict[Natural, stages.Scanned] = {
+        "corpus": stages.scan_windows(s.parent, s.successor, items, "corpus", s.sizes, step, progress)
+    }
     phrases = [phrase for change in (s.rules.intent.changes if s.rules.intent else ()) for phrase in change.phrases]
     openings = [item.successor for item in items]
     decoded = stages.amplified(s.parent, s.successor, openings, phrases, s.sizes, step, progress, s.seed)
-    for source, flag in (("sampled", False), ("amplified", True)):
+    generated: tuple[tuple[Natural, bool], ...] = (("sampled", False), ("amplified", True))
+    for source, flag in generated:
         texts = stages.generated_windows(s.parent, s.successor, decoded, from_amplified=flag)
         scanned[source] = stages.scan_windows(s.parent, s.successor, texts, source, s.sizes, step, progress)
     pieces = [piece for source in ORDER for piece in scanned[source].pieces]
@@ -163,8 +166,8 @@ def search(s: "Setting", corpus: "Corpus", audit: Audit) -> tuple[list[Cluster],
 def evidence(
     s: "Setting", chosen: Sequence[Cluster], clusters: Sequence[Cluster], items: Sequence[Any], pieces: Sequence[Piece]
 ) -> tuple[Evidence, Evidence, Evidence]:
-    """A quarter of the contexts to make edits from, a quarter to choose one (both with one half of the quiet texts), the
-    other halves to judge the choice.
+    """A quarter of the contexts to make edits from, a quarter to choose one (both with one half of the quiet texts),
+    the other halves to judge the choice.
 
     Where a part has few contexts, their ends behind other texts join them, as far as the models part there.
 

@@ -28,7 +28,7 @@ def repair(
             help="Finding to repair, e.g. f1; may be given several times. Default: every confirmed one that "
             "nobody declared."
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     target: Annotated[
         float, typer.Option(help="Share of a finding's divergence that must go.", min=0.05, max=0.999)
     ] = 0.9,

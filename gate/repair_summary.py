@@ -97,6 +97,6 @@ def _cost(done: Repair) -> str:
     return (
         f"KL to the successor {phrases.estimate(cost.kl, 'nats')} per token, next-token loss "
         f"{cost.nll.estimate:+.2g} [{cost.nll.low:+.2g}, {cost.nll.high:+.2g}] nats, next-token accuracy "
-        f"{100 * cost.accuracy.estimate:+.2g} [{100 * cost.accuracy.low:+.2g}, {100 * cost.accuracy.high:+.2g}] points, "
-        f"over {phrases.count(cost.tokens, 'token')} of text without any behaviour"
+        f"{100 * cost.accuracy.estimate:+.2g} [{100 * cost.accuracy.low:+.2g}, {100 * cost.accuracy.high:+.2g}] "
+        f"points, over {phrases.count(cost.tokens, 'token')} of text without any behaviour"
     )

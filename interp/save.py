@@ -5,10 +5,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError, OutputError
-from .load import bare
+from .load import _quiet, bare
 from .spec import Role
 
 if TYPE_CHECKING:
@@ -41,9 +41,22 @@ def save_changed(
         ModelError: what was written does not compute what ``model`` computes.
         OutputError: it cannot be written.
     """
+    hf, tokenizer, tokens = bare(model.spec, role)
+    with _quiet(online=False):
+        _write(hf, tokenizer, tokens, model, weights, out, extra)
+
+
+def _write(
+    hf: Any,
+    tokenizer: Any,
+    tokens: "Tensor",
+    model: "Model",
+    weights: Mapping[str, "Tensor"],
+    out: Path,
+    extra: Mapping[str, str],
+) -> None:
     import torch
 
-    hf, tokenizer, tokens = bare(model.spec, role)
     named = dict(hf.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
