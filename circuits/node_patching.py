@@ -1,6 +1,6 @@
-"""What single sources really carry: each exchanged in a run of its own, many runs at once."""
+"""What sources really carry: each, or a set of them, exchanged in a run of its own, many runs at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -31,9 +31,24 @@ def patch_nodes(
     Raises:
         ModelError: the architecture's parts cannot be exchanged one by one.
     """
+    chosen = range(len(layout.sources)) if nodes is None else nodes
+    return patch_sets(model, layout, pairs, metric, [(node,) for node in chosen])
+
+
+def patch_sets(
+    model: Model, layout: NodeLayout, pairs: Pairs, metric: Metric, sets: Sequence[Collection[int]]
+) -> Tensor:
+    """m(x) − m(x with all sources of a set writing what they write on x′), float64 [sets, N].
+
+    Args:
+        model, layout, pairs, metric: as elsewhere.
+        sets: rows of ``layout.sources``.
+
+    Raises:
+        ModelError: the architecture's parts cannot be exchanged one by one.
+    """
     check_additive(model)
-    chosen = list(range(len(layout.sources)) if nodes is None else nodes)
-    found = torch.zeros(len(chosen), len(pairs), dtype=torch.float64)
+    found = torch.zeros(len(sets), len(pairs), dtype=torch.float64)
     for rows in pairs.groups(GROUP_TOKENS, share=True):
         batch = Batch(model, pairs, rows)
         clean = batch.pairs.clean
@@ -41,16 +56,17 @@ def patch_nodes(
         with torch.inference_mode():
             base = batch.value(metric, clean).double()
             per_pass = max(1, PASS_TOKENS // clean.numel())
-            for first in range(0, len(chosen), per_pass):
-                some = chosen[first : first + per_pass]
+            for first in range(0, len(sets), per_pass):
+                some = sets[first : first + per_pass]
                 values = batch.value(metric, clean.repeat(len(some), 1), _edits(model, layout, some, other))
                 found[first : first + len(some), rows] = base - values.double().unflatten(0, (len(some), len(rows)))
     return found
 
 
-def _edits(model: Model, layout: NodeLayout, nodes: list[int], other: Tensor) -> dict[str, Edit]:
-    """Exchange ``nodes[i]`` in the i-th of as many copies of the batch."""
+def _edits(model: Model, layout: NodeLayout, sets: Sequence[Collection[int]], other: Tensor) -> dict[str, Edit]:
+    """Exchange the nodes of ``sets[i]`` in the i-th of as many copies of the batch."""
     n, scale = other.shape[1], stream_scale(model)
+    nodes = [(copy, node) for copy, some in enumerate(sets) for node in some]
     edits: dict[str, Edit] = {}
     z: dict[int, Tensor] = {}
     out: dict[int, Tensor] = {}
@@ -72,19 +88,20 @@ def _edits(model: Model, layout: NodeLayout, nodes: list[int], other: Tensor) ->
 
         return edit
 
-    if 0 in nodes:
-        entry = nodes.index(0)
+    entries = [copy for copy, node in nodes if node == 0]
+    if entries:
 
         def exchange_entry(value: Tensor) -> Tensor:
             value = value.clone()
-            value[entry * n : (entry + 1) * n] = other[0]
+            for copy in entries:
+                value[copy * n : (copy + 1) * n] = other[0]
             return value
 
         edits[ENTRY] = exchange_entry
     for layer in range(layout.n_layers):
         rows = layout.written_by(layer)
-        heads = [(i, node) for i, node in enumerate(nodes) if rows.start <= node < rows.stop - 1]
-        mlps = [(i, node) for i, node in enumerate(nodes) if node == rows.stop - 1]
+        heads = [(copy, node) for copy, node in nodes if rows.start <= node < rows.stop - 1]
+        mlps = [(copy, node) for copy, node in nodes if node == rows.stop - 1]
         if heads:
             edits[f"attn_z@{layer}"] = keep(z, layer)
 

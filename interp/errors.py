@@ -59,6 +59,12 @@ class TaskError(HeredityError):
     page = "task"
 
 
+class PrinciplesError(HeredityError):
+    """A file of principles that is malformed."""
+
+    page = "principles"
+
+
 class SiteError(HeredityError):
     """A site name that this model does not have."""
 

@@ -4,7 +4,7 @@ Fillers that are not one token where the task needs it are left out and counted.
 generator, so that the same task, tokenizer, number and seed give the same prompts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,6 +13,7 @@ import torch
 
 from heredity.interp.errors import TaskError, one_line
 from heredity.interp.model import Model, pad
+from heredity.interp.sampling import chat_prompts
 
 from ..pairs import LogitDifference, Metric, NegativeKL, Pairs, ProbabilityDifference
 from .task import SLOT, Filler, Task, Template
@@ -90,11 +91,21 @@ def prepare(model: Model, task: Task, n: int, *, seed: int = 0, metric: MetricOf
     return Prepared(task, discovery, testing, dropped)
 
 
+def half_of(model: Model, task: Task, examples: Sequence[Template]) -> Half:
+    """The given prompts of ``task``, as they are.
+
+    Raises:
+        TaskError: as :func:`prepare`.
+    """
+    return _half(model, task, [(f"prompt {i}", example) for i, example in enumerate(examples, 1)], None)
+
+
 def _half(model: Model, task: Task, examples: list[Origin], metric: MetricOf | None) -> Half:
     clean, corrupt, rights, wrongs = [], [], [], []
     for origin, example in examples:
         where = f"{task.file or task.name}, {origin}"
-        ids = _read(model, example.clean, where), _read(model, example.counterfactual, where)
+        clean_text, other_text = (shown(model, task, text, where) for text in (example.clean, example.counterfactual))
+        ids = _read(model, clean_text, where), _read(model, other_text, where)
         if len(ids[0]) != len(ids[1]):
             raise TaskError(
                 f"the clean prompt has {len(ids[0])} tokens, the counterfactual {len(ids[1])} "
@@ -106,7 +117,7 @@ def _half(model: Model, task: Task, examples: list[Origin], metric: MetricOf | N
             raise TaskError(
                 "clean and counterfactual prompt are the same tokens", where=where, remedy="Let them differ."
             )
-        right, wrong = (_answers(model, ids[0], example.clean, group) for group in (example.right, example.wrong))
+        right, wrong = (_answers(model, ids[0], clean_text, group) for group in (example.right, example.wrong))
         if metric is None and (
             (task.metric != "kl" and not right)
             or (task.metric == "logit_difference" and not wrong)
@@ -133,6 +144,26 @@ def _half(model: Model, task: Task, examples: list[Origin], metric: MetricOf | N
             pairs.last, rights, wrongs
         )
     return Half(texts, pairs, own, tuple(rights))
+
+
+def shown(model: Model, task: Task, text: str, where: str = "") -> str:
+    """The prompt ``text`` as the model is given it: of a chat, in its chat template with the beginning of its reply.
+
+    Raises:
+        TaskError: the task is a chat, and the model has no chat template or one that cannot be used.
+    """
+    if not task.chat:
+        return text
+    try:
+        if not model.tokenizer.chat_template:
+            raise ValueError("there is none")
+        return chat_prompts(model, [text])[0] + task.reply
+    except Exception as error:  # templates are programs of the model's makers, and fail in any way they like
+        raise TaskError(
+            f"this model's chat template cannot be used ({one_line(str(error), 100)})",
+            where=f"{where or task.file or task.name}, {model.spec}",
+            remedy="Use a chat model, or a task without `chat`.",
+        ) from None
 
 
 def _predictions(model: Model, pairs: Pairs) -> torch.Tensor:
@@ -180,12 +211,21 @@ def _answer(model: Model, prompt: tuple[int, ...], text: str, answer: str) -> in
 def _single_tokens(model: Model, task: Task) -> tuple[dict[str, list[Filler]], dict[str, tuple[int, int]]]:
     kept: dict[str, list[Filler]] = {name: list(group) for name, group in task.fillers.items()}
     dropped = {}
-    before = _read(model, "the", "")
+    if not task.single:
+        return kept, dropped
+    places = [("the", " ")]
+    if task.chat and not task.reply:
+        places.append((shown(model, task, "the"), ""))  # an answer there has no space before it
+    before = [(_read(model, text, ""), text, space) for text, space in places]
     for name in task.single:
         kept[name] = [
             filler
             for filler in task.fillers[name]
-            if all(_answer(model, before, "the", f" {word}") is not None for word in _words(filler))
+            if all(
+                _answer(model, ids, text, space + word) is not None
+                for word in _words(filler)
+                for ids, text, space in before
+            )
         ]
         dropped[name] = (len(task.fillers[name]) - len(kept[name]), len(task.fillers[name]))
     return kept, dropped

@@ -35,6 +35,15 @@ class Score:
 
 def score(model: Model, half: Half, *, kl: bool = False, seed: int = 0) -> Score:
     """How well ``model`` does the prompts of ``half``; ``kl`` if the metric says nothing about answers."""
+    clean, corrupt = values(model, half)
+    accuracy: float | None = float((clean > 0).mean())
+    if kl:
+        accuracy = _top(model, half) if all(half.right) else None
+    return Score(accuracy, float(clean.mean()), float(corrupt.mean()), mean(clean - corrupt, seed))
+
+
+def values(model: Model, half: Half) -> tuple[np.ndarray, np.ndarray]:
+    """The metric on the clean and on the counterfactual prompts of ``half``, float64 [N] both."""
     pairs = half.pairs
     clean, corrupt = np.empty(len(pairs)), np.empty(len(pairs))
     for rows in pairs.groups(PASS_TOKENS // 2, share=True):
@@ -43,10 +52,7 @@ def score(model: Model, half: Half, *, kl: bool = False, seed: int = 0) -> Score
             found = batch.value(half.metric, torch.cat([batch.pairs.clean, batch.pairs.corrupt])).double().numpy()
         own = rows.numpy()
         clean[own], corrupt[own] = found[: len(rows)], found[len(rows) :]
-    accuracy: float | None = float((clean > 0).mean())
-    if kl:
-        accuracy = _top(model, half) if all(half.right) else None
-    return Score(accuracy, float(clean.mean()), float(corrupt.mean()), mean(clean - corrupt, seed))
+    return clean, corrupt
 
 
 def screen(model: Model, task: Task, half: Half, *, seed: int = 0) -> Score:

@@ -5,12 +5,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from heredity.interp.errors import TaskError, one_line
+from heredity.interp.errors import HeredityError, TaskError, one_line
 
 SHIPPED = ("ioi", "greater-than", "subject-verb", "pronoun", "induction", "docstring", "copy")
 """Names that :func:`load_task` knows."""
@@ -23,11 +23,13 @@ _BYTES = 20_000_000
 _FORMAT = "docs/circuits.md has the format."
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Base of what files say: frozen, unknown fields refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Template(_Strict):
+class Template(Strict):
     """A clean and a counterfactual prompt and answers on the clean one; ``{SLOT}`` or ``{SLOT.field}`` is filled."""
 
     clean: Text
@@ -43,7 +45,7 @@ class Template(_Strict):
         return value
 
 
-class Task(_Strict):
+class Task(Strict):
     """One task.
 
     Attributes:
@@ -52,6 +54,8 @@ class Task(_Strict):
         metric: what is measured at the last token: the difference of mean logits of right and wrong answers, that of
             their probabilities, or −KL from the clean prediction.
         accuracy: share of clean prompts on which the model must prefer the right answers, or the task is refused.
+        chat: prompts are the user's turns, put into the model's chat template.
+        reply: of a chat, how the model's turn begins.
         fillers: what slots are filled with: lists of strings, or of records of strings (or of lists, for answers).
         slots: from which list each slot is filled; slots of one list get different fillers.
         single: lists of which only those that are one token (after a space) are used.
@@ -67,6 +71,8 @@ class Task(_Strict):
     source: str = ""
     metric: MetricName = "logit_difference"
     accuracy: float = Field(default=0.8, ge=0, le=1)
+    chat: bool = False
+    reply: str = Field(default="", max_length=2000)
     fillers: dict[str, tuple[Filler, ...]] = Field(default_factory=dict)
     slots: dict[str, str] = Field(default_factory=dict)
     single: tuple[str, ...] = ()
@@ -79,6 +85,8 @@ class Task(_Strict):
     def _fits(self) -> "Task":
         if bool(self.templates) == bool(self.examples):
             raise ValueError("give either templates or examples")
+        if self.reply and not self.chat:
+            raise ValueError("a reply begins the model's turn of a chat: set chat to true")
         for name in (*self.slots.values(), *self.single):
             if name not in self.fillers:
                 raise ValueError(f"no list of fillers is called {name!r}")
@@ -117,38 +125,74 @@ def load_task(task: str | Path) -> Task:
         raise TaskError(
             "neither a shipped task nor a .yaml or .jsonl file", where=where, remedy=f"Shipped: {', '.join(SHIPPED)}."
         )
+    data, text = read_file(path, where)
+    content = _lines(text, path, where) if path.suffix == ".jsonl" else parse_yaml(text, where)
+    if not isinstance(content, dict):
+        raise TaskError(f"a {type(content).__name__}, not a mapping", where=where, remedy=_FORMAT)
+    return validated(Task, content | {"sha256": hashlib.sha256(data).hexdigest(), "file": where}, where)
+
+
+def read_file(path: Path, where: str, error: type[HeredityError] = TaskError) -> tuple[bytes, str]:
+    """The bytes of a file and the text they spell.
+
+    Raises:
+        HeredityError: (an ``error``) it cannot be read, is too large or is no UTF-8.
+    """
     try:
         with path.open("rb") as stream:
             data = stream.read(_BYTES + 1)
         text = data.decode("utf-8")
-    except OSError as error:
-        raise TaskError(error.strerror or "cannot be read", where=where, remedy="Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise TaskError(f"invalid UTF-8 at byte {error.start}", where=where, remedy="Save it as UTF-8.") from None
+    except OSError as fault:
+        raise error(fault.strerror or "cannot be read", where=where, remedy="Check the path.") from None
+    except UnicodeDecodeError as fault:
+        raise error(f"invalid UTF-8 at byte {fault.start}", where=where, remedy="Save it as UTF-8.") from None
     if len(data) > _BYTES:
-        raise TaskError(f"larger than {_BYTES // 10**6} MB", where=where, remedy="Give fewer examples.")
-    content = _lines(text, path, where) if path.suffix == ".jsonl" else _yaml(text, where)
-    if not isinstance(content, dict):
-        raise TaskError(f"a {type(content).__name__}, not a mapping", where=where, remedy=_FORMAT)
-    content |= {"sha256": hashlib.sha256(data).hexdigest(), "file": where}
-    try:
-        found = Task.model_validate(content)
-        found.model_dump_json().encode()  # YAML and JSON can spell half a surrogate pair, which is no character
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "file"
-        raise TaskError(one_line(first["msg"], 200), where=f"{where}, {one_line(field, 80)}", remedy=_FORMAT) from None
-    except ValueError:
-        raise TaskError("text with a lone surrogate", where=where, remedy="Write the character itself.") from None
-    return found
+        raise error(f"larger than {_BYTES // 10**6} MB", where=where, remedy="Give fewer examples.")
+    return data, text
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, error: type[HeredityError] = TaskError) -> Any:
+    """What ``text`` says.
+
+    Raises:
+        HeredityError: (an ``error``) it is no YAML.
+    """
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # bad dates, numbers and nesting come as ValueError, AttributeError, RecursionError ...
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TaskError(f"not valid YAML ({first})", where=where, remedy="Mend the file's syntax.") from None
+    except Exception as fault:  # bad dates, numbers and nesting come as ValueError, AttributeError, RecursionError ...
+        first = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise error(f"not valid YAML ({first})", where=where, remedy="Mend the file's syntax.") from None
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+
+def validated(
+    kind: type[_Kind],
+    content: Any,
+    where: str,
+    error: type[HeredityError] = TaskError,
+    remedy: str = _FORMAT,
+    names: Mapping[str, str] | None = None,
+) -> _Kind:
+    """``content`` as a ``kind``.
+
+    Args:
+        names: what fields are called in the file, where they have other names there.
+
+    Raises:
+        HeredityError: (an ``error``) a field is missing, unknown or wrong.
+    """
+    try:
+        found = kind.model_validate(content)
+        found.model_dump_json().encode()  # YAML and JSON can spell half a surrogate pair, which is no character
+        return found
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        field = ".".join((names or {}).get(str(part), str(part)) for part in first["loc"]) or "file"
+        raise error(one_line(first["msg"], 200), where=f"{where}, {one_line(field, 80)}", remedy=remedy) from None
+    except ValueError:
+        raise error("text with a lone surrogate", where=where, remedy="Write the character itself.") from None
 
 
 def _lines(text: str, path: Path, where: str) -> dict[str, Any]:

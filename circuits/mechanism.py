@@ -1,0 +1,169 @@
+"""What carries one behaviour in one model: the fewest heads and MLPs found without which it goes.
+
+Nodes are ranked by attribution patching with the gradients at both ends (Syed et al. 2310.10348), the top of the
+ranking is measured by exchanging each node's write for that on the counterfactual prompt, and the carriers are the
+smallest set found whose joint exchange takes :data:`TARGET` of the effect. Nodes are ranked and carriers chosen on one
+half of the prompts; every number that is reported comes from the other. The embedding is no candidate: exchanging it
+exchanges the prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from heredity.interp.model import Model
+
+from .atp import attribute_nodes
+from .layout import layout_of
+from .node_patching import patch_nodes, patch_sets
+from .pairs import Pairs
+from .tasks.prepare import Half, half_of, prepare
+from .tasks.screen import values
+from .tasks.task import Task, Template
+
+TARGET = 0.85
+"""Share of the effect that exchanging the carriers has to take."""
+PRUNED = 24
+"""Carriers up to which each is tried without."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What a model does on N pairs, and what its nodes carry of that.
+
+    Attributes:
+        clean, corrupt: the metric on both prompts of each pair, float64 [N].
+        effects: per node the metric's fall when the node alone is exchanged, float64 [N].
+        carried: its fall when all carriers are exchanged, float64 [N].
+    """
+
+    clean: np.ndarray
+    corrupt: np.ndarray
+    effects: Mapping[str, np.ndarray]
+    carried: np.ndarray
+
+    @property
+    def effect(self) -> np.ndarray:
+        """m(x) − m(x′), float64 [N]."""
+        return self.clean - self.corrupt
+
+    def of(self, rows: np.ndarray) -> "Readings":
+        """Those on some of the pairs, which may come several times."""
+        return Readings(
+            self.clean[rows],
+            self.corrupt[rows],
+            {name: value[rows] for name, value in self.effects.items()},
+            self.carried[rows],
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {
+            "clean": self.clean.tolist(),
+            "corrupt": self.corrupt.tolist(),
+            "effects": {name: value.tolist() for name, value in self.effects.items()},
+            "carried": self.carried.tolist(),
+        }
+
+
+def readings(plain: Mapping[str, Any]) -> Readings:
+    """What :meth:`Readings.plain` made."""
+    effects = {name: np.array(value) for name, value in plain["effects"].items()}
+    return Readings(np.array(plain["clean"]), np.array(plain["corrupt"]), effects, np.array(plain["carried"]))
+
+
+def locate(model: Model, task: Task, *, pairs: int, measured: int, seed: int = 0) -> dict[str, Any]:
+    """The mechanism of ``task`` in ``model``, as JSON can hold it: a function of its arguments alone.
+
+    Args:
+        model: the model.
+        task: what it does.
+        pairs: pairs in each half.
+        measured: nodes measured one by one.
+        seed: of the draw of prompts.
+
+    Returns:
+        ``discovery`` and ``testing`` (the prompts of each half), ``carriers`` (nodes), and ``readings`` on the latter.
+
+    Raises:
+        TaskError: the prompts do not fit the model.
+        ModelError: the architecture's parts cannot be exchanged one by one.
+    """
+    prepared = prepare(model, task, pairs, seed=seed)
+    candidates = ranked(model, prepared.discovery, measured)
+    carriers = _fewest(model, prepared.discovery, candidates)
+    return {
+        "discovery": [example.model_dump(mode="json") for example in prepared.discovery.examples],
+        "testing": [example.model_dump(mode="json") for example in prepared.testing.examples],
+        "carriers": carriers,
+        "readings": measure(model, prepared.testing, candidates, carriers).plain(),
+    }
+
+
+def same_prompts(model: Model, task: Task, examples: Sequence[Mapping[str, Any]]) -> Half:
+    """The prompts that a parent was measured on, for its successor.
+
+    Raises:
+        TaskError: they do not fit the successor's tokenizer.
+    """
+    return half_of(model, task, [Template.model_validate(example) for example in examples])
+
+
+def ranked(model: Model, half: Half, count: int) -> list[str]:
+    """Names of the ``count`` heads and MLPs of largest attribution, in the order of the computation (or all)."""
+    layout = layout_of(model)
+    inner = layout.sources[1:]
+    if len(inner) <= count:
+        return list(inner)
+    pairs = half.pairs
+    swapped = Pairs(pairs.corrupt, pairs.clean, pairs.last)
+    ends = [
+        attribute_nodes(model, each, half.metric, fix_attention=False, drop=False).scores[1 : len(layout.sources)]
+        for each in (pairs, swapped)
+    ]
+    best = (ends[0] - ends[1]).abs().topk(count).indices
+    return [inner[i] for i in best.sort().values.tolist()]
+
+
+def measure(model: Model, half: Half, nodes: Sequence[str], carriers: Sequence[str]) -> Readings:
+    """What ``model`` does on the prompts of ``half`` and what ``nodes``, and ``carriers`` together, carry of it.
+
+    Raises:
+        ModelError: the architecture's parts cannot be exchanged one by one.
+    """
+    layout, (clean, corrupt) = layout_of(model), values(model, half)
+    rows = [layout.source_index[name] for name in nodes]
+    together = [layout.source_index[name] for name in carriers]
+    found = patch_sets(model, layout, half.pairs, half.metric, [*((row,) for row in rows), together]).numpy()
+    return Readings(clean, corrupt, dict(zip(nodes, found[:-1], strict=True)), found[-1])
+
+
+def _fewest(model: Model, half: Half, candidates: Sequence[str]) -> list[str]:
+    """The shortest beginning of the candidates, largest effect first, that takes the target when exchanged, without
+    the nodes that are not needed for that; all where none does."""
+    layout = layout_of(model)
+    rows = [layout.source_index[name] for name in candidates]
+    alone = patch_nodes(model, layout, half.pairs, half.metric, rows).mean(1)
+    order = [rows[i] for i in alone.argsort(descending=True, stable=True).tolist()]
+    clean, corrupt = values(model, half)
+    wanted = TARGET * float((clean - corrupt).mean())
+
+    def enough(sets: Sequence[Sequence[int]]) -> list[bool]:
+        return (patch_sets(model, layout, half.pairs, half.metric, sets).mean(1) >= wanted).tolist()
+
+    low, high = 0, 1
+    while high < len(order) and not enough([order[:high]])[0]:
+        low, high = high, high * 2
+    high = min(high, len(order))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough([order[:middle]])[0] else (middle, high)
+    kept = order[:high]
+    for row in reversed(kept if len(kept) <= PRUNED else []):
+        fewer = [other for other in kept if other != row]
+        if fewer and enough([fewer])[0]:
+            kept = fewer
+    return [layout.sources[row] for row in sorted(kept)]
+
