@@ -56,7 +56,6 @@ def train(job: Job, rule: str) -> Learned:
         batch=job.batch,
         # Those above the median by more are not in the file.
         massive=None,
-        dead_after=job.window,
         seed=job.seed,
     )
     learned = run(recipe, Rows(job)).dictionary
@@ -70,7 +69,7 @@ def train(job: Job, rule: str) -> Learned:
         norm=learned.norm,
         settings=f"rate {recipe.rate:.0e}, warm-up {recipe.warm:.0%} and decay "
         f"{recipe.decay:.0%} of all steps, k from {recipe.k_start * job.k:.0f}, AuxK {recipe.aux:g}, dead after "
-        f"{job.window} tokens",
+        f"{recipe.window(job.batch * job.steps)} tokens",
         infer=lambda x: learned.reconstruct(x)[0],
     )
 

@@ -11,6 +11,11 @@ with Y the model's error plus the latent's own contribution (ν^ε), or its reco
 with an intercept, unlike in the paper: what the reconstruction holds at every token is no sign of the latent. ν is β of
 the other model over β of the one that owns the latent, so that exchanging parent and successor changes no ν.
 
+Error and reconstruction can deceive together. Where many latents write a little of everything (tied rows under a low
+price), the reconstruction of *either* model holds some of every concept, and its error takes back what is too much: a
+weak concept then has ν^ε 0 and hardly more ν^r than one that is not there. Their sum is Y = the activations themselves
+(ν^x, with an intercept), of which a dictionary can be wrong in no way.
+
 **Directions.** In the owner, v is its decoder row d. In the other, of the same length in units of each model's
 activations: the other model's ``own`` decoder row where it is long enough to point anywhere; else the ``same``
 direction where both models have one basis; else the direction of the model's ``response``, the slope of its activations
@@ -45,6 +50,7 @@ class Scaling:
         nu_error: ν^ε [F], 0 where the other model holds nothing of the latent, about 1 where it is shared; NaN where
             the latent is never active.
         nu_reconstruction: ν^r [F].
+        nu_activation: ν^x [F], of the activations: what their error and reconstruction come to together.
         trace: [F], what the other model holds of the latent in whatever direction: the length of the mean of what ν^ε
             is a projection of, less what chance makes of it, in the units of ν^ε. Needs no direction, but takes every
             imperfection of the dictionary for a trace.
@@ -53,22 +59,25 @@ class Scaling:
         carried: [F], the length of the response, 1 for a shared concept; near 0 its direction is chance. 1 where the
             direction is not the response's.
         unit: [F], what one unit of ν^ε is in the other model: Σ f² · ‖v‖ · β of the owner.
+        unit_activation: [F], what one unit of ν^x is in the other model's :func:`response`: ‖v‖ · β of the owner.
         sums: what it was computed from.
     """
 
     owner: Tensor
     nu_error: Tensor
     nu_reconstruction: Tensor
+    nu_activation: Tensor
     trace: Tensor
     way: Tensor
     direction: tuple[Tensor, Tensor]
     carried: Tensor
     unit: Tensor
+    unit_activation: Tensor
     sums: Moments
 
 
 def latent_scaling(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) -> Scaling:
-    """ν^ε and ν^r of every latent.
+    """ν^ε, ν^r and ν^x of every latent.
 
     Args:
         dictionary: a crosscoder of a parent and a successor.
@@ -84,22 +93,25 @@ def latent_scaling(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) 
     direction, way, carried = _directions(dictionary, sums, owner, length)
     size = length.amax(0)
     betas = [_betas(dictionary, sums, m, direction[m], size * sums.scales[m]) for m in range(2)]
-    error, written = (torch.stack([model[i] for model in betas]) for i in range(2))
+    error, written, activation = (torch.stack([model[i] for model in betas]) for i in range(3))
     of_other, of_owner = (1 - owner)[None], owner[None]
     at_owner = error.gather(0, of_owner)[0]
     scales = torch.tensor(sums.scales, dtype=torch.float64, device=size.device)
-    one = sums.square * size * scales[1 - owner] * at_owner
+    there = size * scales[1 - owner]
+    one, one_activation = sums.square * there * at_owner, there * activation.gather(0, of_owner)[0]
     every = torch.arange(len(owner), device=owner.device)
     mean = torch.stack([held(dictionary, sums, m, every).square().sum(1) - sums.error_energy[m] for m in range(2)])
     return Scaling(
         owner=owner,
         nu_error=error.gather(0, of_other)[0] / at_owner,
         nu_reconstruction=written.gather(0, of_other)[0] / written.gather(0, of_owner)[0],
+        nu_activation=activation.gather(0, of_other)[0] / activation.gather(0, of_owner)[0],
         trace=mean.gather(0, of_other)[0].clamp_min(0).sqrt() / one,
         way=way,
         direction=direction,
         carried=carried,
         unit=one,
+        unit_activation=one_activation,
         sums=sums,
     )
 
@@ -111,13 +123,14 @@ def held(dictionary: Dictionary, sums: Moments, model: int, latents: Tensor) -> 
 
 def _betas(
     dictionary: Dictionary, sums: Moments, model: int, direction: Tensor, length: Tensor
-) -> tuple[Tensor, Tensor]:
-    """β of the error and of the reconstruction [F], for directions of the given ``length`` [F]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """β of error, reconstruction and activations [F], for directions of the given ``length`` [F]."""
     own = (dictionary.W_dec[model].double() * direction).sum(1) * sums.square
     energy = sums.square * length
     error = ((sums.error[model] * direction).sum(1) + own) / energy
     along = (sums.written[model] * direction).sum(1) - sums.total * (direction @ sums.written_mean[model])
-    return error, along / (sums.variance * length)
+    whole = (response(dictionary, sums, model) * direction).sum(1) / length
+    return error, along / (sums.variance * length), whole
 
 
 def same_basis(dictionary: Dictionary) -> bool:
@@ -144,7 +157,7 @@ def _directions(
     in_step = same_basis(dictionary)
     out, carried = [], torch.ones_like(length[0])
     for m in range(2):
-        slope = _response(dictionary, sums, m)
+        slope = response(dictionary, sums, m)
         elsewhere = rows[1 - m] if in_step else unit(slope)
         out.append(torch.where(((owner == m) | trusted)[:, None], rows[m], elsewhere))
         if not in_step:
@@ -154,12 +167,12 @@ def _directions(
     return (out[0], out[1]), way, carried
 
 
-def _response(dictionary: Dictionary, sums: Moments, model: int) -> Tensor:
-    """Slope of a model's activations on each latent's, [F, D]."""
+def response(dictionary: Dictionary, sums: Moments, model: int, latents: slice | Tensor = slice(None)) -> Tensor:
+    """Slope of a model's activations on some latents' [n], [n, D]: what ν^x is a projection of."""
     offset = dictionary.b_dec[model].double() - sums.mean[model]
-    covariance = sums.error[model] + sums.written[model] + torch.outer(sums.total, offset)
-    variance = torch.where(sums.variance > 0, sums.variance, torch.ones_like(sums.variance))
-    return covariance / variance[:, None]
+    covariance = sums.error[model][latents] + sums.written[model][latents] + torch.outer(sums.total[latents], offset)
+    variance = sums.variance[latents]
+    return covariance / torch.where(variance > 0, variance, torch.ones_like(variance))[:, None]
 
 
 def unit(rows: Tensor) -> Tensor:

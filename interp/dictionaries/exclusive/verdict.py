@@ -6,7 +6,11 @@ A large Δnorm alone is a claim about the dictionary, not about the models. A la
 * the other model's error holds nothing along it when it is active (ν^ε: complete shrinkage), neither as much as a
   shared latent's would, nor reliably more than along directions of unrelated latents (a concept that the other model
   holds weakly is shared: amplified, not new), nor, where the models share no basis, anything in another direction;
-* the other model's reconstruction does not write it through several others (ν^r).
+* the other model's reconstruction does not write it through several others (ν^r);
+* error and reconstruction together, the other model's activations, do not rise along it reliably more than along those
+  directions (ν^x: shrinkage that tied rows hide from ν^ε). Not asked of a latent that does not read the other model: it
+  is active where shared concepts of like direction push it over its threshold, and the activations rise with those. A
+  latent that reads both models can take off what the other shows along its direction.
 
 Cut-offs come from the pair itself: the low end of the band that holds 95 % of ν over the shared latents, where it lies
 below the published 0.2 and 0.5 (Minder et al. 2504.02922, §2–3), but never below half of those: further down, the band
@@ -14,9 +18,9 @@ says that some shared latents are badly learned. Closed forms make ν of all sha
 of them, not of a sample.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from ..record import Dictionary
 from .norms import delta_norm
-from .scaling import WAYS, Scaling, held, latent_scaling, unit
+from .scaling import WAYS, Scaling, held, latent_scaling, response, unit
 
 Verdict = Literal["successor-only", "parent-only", "shared", "undecided"]
 
@@ -57,7 +61,7 @@ class LatentVerdict:
         reason: why, in words.
         model: the model with the larger decoder row.
         delta_norm: 1 successor only, 0 parent only.
-        nu_error, nu_reconstruction: latent scaling in the other model.
+        nu_error, nu_reconstruction, nu_activation: latent scaling in the other model.
         trace: the other model's response in whatever direction (:class:`.scaling.Scaling`).
         floor: spread of ν^ε over directions of unrelated latents; None if it did not come to that.
         way: where the direction in the other model came from (``own``, ``same``, ``response``).
@@ -73,6 +77,7 @@ class LatentVerdict:
     delta_norm: float
     nu_error: float
     nu_reconstruction: float
+    nu_activation: float
     trace: float
     floor: float | None
     way: str
@@ -142,13 +147,19 @@ def exclusives(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) -> E
 
     candidates = (seen & ~shared & delta.isfinite()).nonzero()[:, 0]
     nearest, cosine = twins(dictionary, scaling, delta, candidates)
-    centre, floor = _unrelated(dictionary, scaling, candidates, seen)
+    centre, floor = _unrelated(scaling, candidates, seen, partial(held, dictionary, scaling.sums), scaling.unit)
+    rises = partial(response, dictionary, scaling.sums)
+    centre_x, floor_x = _unrelated(scaling, candidates, seen, rises, scaling.unit_activation)
+    reads_both = torch.stack([encoder.abs().amax(0) > 0 for encoder in dictionary.W_enc]).all(0)
     at = {int(latent): i for i, latent in enumerate(candidates)}
     verdicts = []
     for j in range(dictionary.n_latents):
         i = at.get(j)
         extreme = not EXTREME[0] < float(delta[j]) < EXTREME[1]
-        nu, nu_r = float(scaling.nu_error[j]), float(scaling.nu_reconstruction[j])
+        nu, nu_r, nu_x = (
+            float(each[j]) for each in (scaling.nu_error, scaling.nu_reconstruction, scaling.nu_activation)
+        )
+        way = WAYS[int(scaling.way[j])]
         owner: Literal["parent", "successor"] = "successor" if int(scaling.owner[j]) else "parent"
         other = "parent" if owner == "successor" else "successor"
         verdict: Verdict = "shared"
@@ -163,7 +174,15 @@ def exclusives(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) -> E
             reason = f"the {other} writes it through other latents"
         elif nu > WEAKEST and nu - float(centre[i]) > RELIABLE * float(floor[i]):
             reason = f"the {other} holds it weakly"
-        elif WAYS[int(scaling.way[j])] == "response" and float(scaling.trace[j]) >= TRACE:
+        elif (
+            # A direction that is itself the response's says nothing about it.
+            way != "response"
+            and bool(reads_both[j])
+            and nu_x > WEAKEST
+            and nu_x - float(centre_x[i]) > RELIABLE * float(floor_x[i])
+        ):
+            reason = f"the {other}'s activations rise with it"
+        elif way == "response" and float(scaling.trace[j]) >= TRACE:
             reason = f"the {other}'s error responds to it"
         elif extreme:
             verdict = "successor-only" if owner == "successor" else "parent-only"
@@ -179,9 +198,10 @@ def exclusives(dictionary: Dictionary, batches: Iterable[Sequence[Tensor]]) -> E
                 delta_norm=float(delta[j]),
                 nu_error=nu,
                 nu_reconstruction=nu_r,
+                nu_activation=nu_x,
                 trace=float(scaling.trace[j]),
                 floor=None if i is None else float(floor[i]),
-                way=WAYS[int(scaling.way[j])],
+                way=way,
                 nearest=None if i is None or int(nearest[i]) < 0 else int(nearest[i]),
                 cosine=None if i is None or int(nearest[i]) < 0 else float(cosine[i]),
                 rate=float(scaling.sums.rate[j]),
@@ -224,23 +244,32 @@ def twins(dictionary: Dictionary, scaling: Scaling, delta: Tensor, latents: Tens
     return torch.cat(which), torch.cat(best)
 
 
-def _unrelated(dictionary: Dictionary, scaling: Scaling, latents: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Median and spread (1.48 median absolute deviations) of ν^ε of some latents along all active latents' directions.
+def _unrelated(
+    scaling: Scaling, latents: Tensor, seen: Tensor, found: Callable[[int, Tensor], Tensor], one: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Median and spread (1.48 median absolute deviations) of a ν of some latents along all active latents' directions.
 
     What is found there is the dictionary's imperfection and chance, not the latent's concept.
+
+    Args:
+        scaling: of the dictionary.
+        latents: which.
+        seen: bool [F], those whose directions are compared with.
+        found: of a model and some latents [n], what the ν is a projection of, [n, D].
+        one: [F], what one unit of the ν is.
     """
     centre, spread = [], []
     for part in latents.split(CHUNK) if len(latents) else ():
         for_owner = []
         for owner in range(2):
-            there = held(dictionary, scaling.sums, 1 - owner, part) @ scaling.direction[1 - owner][seen].T
+            there = found(1 - owner, part) @ scaling.direction[1 - owner][seen].T
             middle = there.median(1).values
             for_owner.append(torch.stack([middle, 1.4826 * (there - middle[:, None]).abs().median(1).values]))
-        both = torch.where(scaling.owner[part] == 1, for_owner[1], for_owner[0]) / scaling.unit[part]
+        both = torch.where(scaling.owner[part] == 1, for_owner[1], for_owner[0]) / one[part]
         centre.append(both[0])
         spread.append(both[1])
     if not centre:
-        nothing = scaling.unit[:0]
+        nothing = one[:0]
         return nothing, nothing
     return torch.cat(centre), torch.cat(spread)
 

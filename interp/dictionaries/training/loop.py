@@ -30,7 +30,7 @@ from .step import Outcome, Settings, gradients
 from .streams import Streams, Units, estimate, joined, places, streams
 from .weights import Layout, begin, confine, empty, settle
 
-CODE = 1
+CODE = 2
 """To be raised whenever the same recipe on the same source ends in other bytes."""
 ESTIMATED = 16
 """Batches that units are estimated from."""

@@ -14,6 +14,9 @@ from ...errors import TrainingError
 Kind = Literal["sae", "transcoder", "crosscoder", "difference"]
 Rule = Literal["topk", "batchtopk", "jumprelu"]
 Share = Annotated[float, Field(ge=0, le=1)]
+PATIENCE = 32
+"""How many activations at the mean rate a latent may miss before it counts as dead."""
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -62,7 +65,9 @@ class Recipe(BaseModel):
     aux_k: PositiveInt = 64
     """Dead latents per token in it."""
     dead_after: PositiveInt | None = None
-    """Tokens in a row without it after which a latent is dead; None: a tenth of all, at most ten million."""
+    """Tokens in a row without it after which a latent is dead; None: those in which a latent of the mean rate, k of all
+    latents per token, is active :data:`PATIENCE` times; a hundredth of all tokens if that is more; at most a tenth of
+    them and at most ten million. With a tenth throughout, latents too rare to be active on 16,384 tokens were left."""
     massive: Positive | None = 3.0
     """Tokens are left out where the norm at a place is above so many medians of the batch: massive activations, as on
     the first token of a text (2602.11729 leaves out those above 2); None: all are used."""
@@ -79,7 +84,8 @@ class Recipe(BaseModel):
 
     def window(self, n_tokens: int) -> int:
         """``dead_after`` with its default filled in."""
-        return self.dead_after or max(self.batch, min(10_000_000, (self.tokens or n_tokens) // 10))
+        tokens, typical = self.tokens or n_tokens, PATIENCE * self.latents // self.k
+        return self.dead_after or max(self.batch, min(10_000_000, tokens // 10, max(tokens // 100, typical)))
 
     def blocks(self, models: int) -> tuple[int, int]:
         """How many latents are shared, and how many are dedicated to each model."""

@@ -218,9 +218,11 @@ class TestScaling:
                 betas["error", m] = float(torch.linalg.lstsq(design, error.reshape(-1, 1)).solution)
                 # The reconstruction's fit has an intercept in every coordinate.
                 design = torch.cat([design, torch.eye(12, dtype=torch.float64).repeat(tokens, 1)], 1)
-                betas["reconstruction", m] = float(torch.linalg.lstsq(design, out[m].reshape(-1, 1)).solution[0])
+                for name, y in (("reconstruction", out[m]), ("activation", x[m])):
+                    betas[name, m] = float(torch.linalg.lstsq(design, y.reshape(-1, 1)).solution[0])
             assert found.owner[j] == owner
-            for name, got in (("error", found.nu_error), ("reconstruction", found.nu_reconstruction)):
+            for name in ("error", "reconstruction", "activation"):
+                got = getattr(found, f"nu_{name}")
                 assert float(got[j]) == pytest.approx(betas[name, 1 - owner] / betas[name, owner], rel=1e-8)
         assert torch.equal(found.nu_error.isnan(), features.sum(0) == 0)
 
@@ -284,6 +286,36 @@ class TestVerdicts:
         assert found[WEAK].reason == "the parent's error holds it"
         assert found[WEAKEST].reason == "the parent holds it weakly"
         assert found[WEAKEST].nu_error == pytest.approx(0.06, abs=0.02)
+
+    def test_shrinkage_that_tied_rows_hide_from_the_error_is_cleared_by_the_activations(self) -> None:
+        """Two tied latents write 0.15 of two concepts in both models, mixed with others that cancel.
+
+        The parent has 0.15 of the one, so that its error is empty; of the other it has nothing, and its error takes
+        back what they write.
+        """
+        world, _ = planted()
+        world.sizes[0, WEAK] = 0.15
+        hidden = {WEAK: (30, 31), SUCCESSOR_ONLY: (32, 33)}
+        latents = [Latent(i, 0, {i: 1.0}, {i: 1.0}) for i in range(2, CONCEPTS)]
+        latents += [Latent(j, 1, {}, {j: 0.85}) for j in hidden]
+        for j, (one, other) in hidden.items():
+            rows = ({j: 0.075, one: 0.5, other: 0.5}, {j: 0.075, one: -0.5, other: -0.5})
+            latents += [Latent(j, 1, row, row) for row in rows]
+        latents[WEAK - 2] = Latent(40, 0, {40: 0.0}, {40: 0.0})
+        dictionary = world.dictionary(latents)
+        weak, new = CONCEPTS - 2, CONCEPTS - 1
+        x = world.activations()
+        blind = exclusives(dictionary, in_batches(x)).latents
+        draws = torch.Generator().manual_seed(1)
+        little = [w + 1e-4 * torch.randn(w.shape, generator=draws) for w in dictionary.W_enc]
+        found = exclusives(replace(dictionary, W_enc=tuple(little)), in_batches(x)).latents
+        assert [found[j].nu_reconstruction for j in (weak, new)] == pytest.approx([0.176] * 2, abs=0.03)
+        assert [found[j].nu_error for j in (weak, new)] == pytest.approx([0, -0.176], abs=0.03)
+        assert [found[j].nu_activation for j in (weak, new)] == pytest.approx([0.15, 0], abs=0.03)
+        assert (found[weak].verdict, found[weak].reason) == ("shared", "the parent's activations rise with it")
+        assert found[new].verdict == "successor-only"
+        # Not asked of latents that read one model only.
+        assert blind[weak].verdict == blind[new].verdict == "successor-only"
 
     def test_decoupled_twins_are_merged(self) -> None:
         world, latents = planted()
