@@ -44,12 +44,12 @@ def repair(
 
     Exit code: that of the new audit's verdict (0 pass, 1 flagged, 3 inconclusive); 2 bad input, 4 internal error.
     """
-    from .cli import VERDICTS, Output, _logged, _say, errors
-    from .progress import Bars
+    from .cli import VERDICTS, Output, _say, errors
+    from .progress import Bars, logged
     from .repair_summary import markdown, terminal
     from .work import write_atomically
 
-    with _logged(out), Bars(errors) as bars:
+    with logged(out, errors), Bars(errors) as bars:
         done, again = run(
             RepairRequest(
                 parent=parent,
