@@ -33,7 +33,7 @@ from heredity.interp.readout import unembed
 from .attribution import Prompts
 from .components import Donor, Node, node_sites, read_stream, stream_sites
 from .intervals import BOOTSTRAPS, Interval
-from .writes import ENTRY, head_writes, mlp_write, write_site
+from .writes import ENTRY, mlp_write, write_site
 
 OUTER = ("embed", "unembed")
 
@@ -65,6 +65,16 @@ class Emergence:
     nodes: tuple[NodeInheritance, ...]
     share: Interval | None
     circuit: tuple[Node, ...]
+
+    def carriers(self, share: float) -> list[Node]:
+        """The fewest nodes whose e·(1 − h) makes up ``share`` of all of it; of nothing new, none."""
+        new = [
+            (each.effect.estimate * (1 - each.inherited.estimate), each.node) for each in self.nodes if each.inherited
+        ]
+        new = sorted([pair for pair in new if pair[0] > 0], key=lambda pair: (-pair[0], pair[1]))
+        summed = np.cumsum([value for value, _ in new])
+        count = int(np.searchsorted(summed, share * summed[-1])) + 1 if new else 0
+        return [node for _, node in new[:count]]
 
 
 @dataclass(frozen=True)
@@ -134,40 +144,37 @@ def summarise(nodes: Sequence[Node], effects: np.ndarray, carried: np.ndarray, s
     """From e and c, [nodes, contexts] both, to shares with percentile bootstrap intervals over contexts."""
     n = effects.shape[1]
     draws = np.random.default_rng(seed).integers(n, size=(BOOTSTRAPS, n))
-    many_e, many_c = effects[:, draws].sum(-1), carried[:, draws].sum(-1)
-    e, c = effects.sum(1), carried.sum(1)
+    # The first column is all contexts, the others are drawn from them.
+    e = np.concatenate([effects.sum(1, keepdims=True), effects[:, draws].sum(-1)], axis=1)
+    c = np.concatenate([carried.sum(1, keepdims=True), carried[:, draws].sum(-1)], axis=1)
+    held = _held(e, c)
     found = []
     for i, node in enumerate(nodes):
-        effect = _interval(e[i] / n, many_e[i] / n, n)
-        share = _interval(_held(e[i], c[i]), _held(many_e[i], many_c[i]), n)
-        found.append(NodeInheritance(node, effect, share if effect.low > 0 else None))
+        effect = _interval(e[i] / n)
+        found.append(NodeInheritance(node, effect, _interval(held[i]) if effect.low > 0 else None))
     inside = np.array([each.inherited is not None for each in found])
     if not inside.any():
         return Emergence(tuple(found), None, ())
-    inner = np.array([node.kind not in OUTER for node in nodes])[inside]
-    share = _interval(
-        float(_new(e[inside, None], c[inside, None], inner)[0]), _new(many_e[inside], many_c[inside], inner), n
-    )
+    inner = np.array([node.kind not in OUTER for node in nodes])
+    share = _interval(_new(e[inside], held[inside], inner[inside]))
     return Emergence(tuple(found), share, tuple(each.node for each in found if each.inherited is not None))
 
 
-def _new(effects: np.ndarray, carried: np.ndarray, inner: np.ndarray) -> np.ndarray:
+def _new(effects: np.ndarray, held: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """Σ e·(1 − h) / Σ e, of outer nodes only the new part below the line; [nodes, draws] → [draws]."""
     weight = np.maximum(effects, 0.0)
-    new = weight * (1 - _held(effects, carried))
+    new = weight * (1 - held)
     whole = np.where(inner[:, None], weight, new).sum(0)
     return np.divide(new.sum(0), whole, out=np.zeros_like(whole), where=whole > 0)
 
 
-def _held(effects: np.ndarray | float, carried: np.ndarray | float) -> np.ndarray:
-    effects, carried = np.asarray(effects, dtype=float), np.asarray(carried, dtype=float)
-    ratio = np.divide(carried, effects, out=np.zeros_like(effects), where=effects > 0)
-    return np.clip(ratio, 0.0, 1.0)
+def _held(effects: np.ndarray, carried: np.ndarray) -> np.ndarray:
+    return np.clip(np.divide(carried, effects, out=np.zeros_like(effects), where=effects > 0), 0.0, 1.0)
 
 
-def _interval(estimate: float | np.ndarray, draws: np.ndarray, n: int) -> Interval:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(estimate), float(low), float(high))
+def _interval(draws: np.ndarray) -> Interval:
+    low, high = np.quantile(draws[1:], [0.025, 0.975])
+    return Interval(float(draws[0]), float(low), float(high))
 
 
 # --- interventions ---

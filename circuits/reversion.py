@@ -137,7 +137,7 @@ def find_circuit(
         selected=tuple(sorted(selected)),
         reversion=None if by_mean else main.share(selected, rng),
         ablation=(other or main).share(ablated, rng),
-        controls=tuple(main.closed(_matched(selected, candidates, rng)) for _ in range(effort.controls)),
+        controls=tuple(main.closed(matched(selected, candidates, rng)) for _ in range(effort.controls)),
         attribution=found,
     )
 
@@ -167,7 +167,7 @@ def _smallest(bench: Bench, ranked: Sequence[Node], target: float) -> list[Node]
     return kept
 
 
-def _matched(selected: Sequence[Node], candidates: Sequence[Node], rng: np.random.Generator) -> list[Node]:
+def matched(selected: Sequence[Node], candidates: Sequence[Node], rng: np.random.Generator) -> list[Node]:
     """A random set without any of ``selected`` and with as many nodes of each kind; where a kind has too few others,
     nodes of other kinds stand in, and where there are too few altogether the set is smaller."""
     others = [candidates[i] for i in rng.permutation(len(candidates)) if candidates[i] not in selected]

@@ -21,6 +21,8 @@ from heredity.interp.remember import Remembered
 from . import describe, stages
 from .baselines import baselines
 from .budget import Budget
+from .counterparts import Mechanisms
+from .mechanisms import Counterparts, shares, with_inherited
 from .policy import Loaded
 from .power import power
 from .readouts import Baselines
@@ -36,7 +38,6 @@ LISTED = 12
 ORDER: tuple[Natural, ...] = ("corpus", "sampled", "amplified")
 """Sources of text, the most ordinary first."""
 
-MATCHING = "needs mechanisms of parent and successor matched one to one, which this version does not do"
 OPACITY = "needs explanations of the parts, which this version does not make"
 
 
@@ -212,6 +213,7 @@ def _behaviours(
     quiet = _quiet_texts(scanned, clusters)
     pool = sorted({token for item in items[:200] for token in item.successor.ids})
     means: list[Donor] = []
+    counterparts = Counterparts(s, items, quiet)
 
     def donor() -> Donor:
         if not means:
@@ -235,6 +237,11 @@ def _behaviours(
             }
 
         traced = s.work.step(f"behaviour-{number:03d}", compute)
+        circuit = TypeAdapter(Circuit | NotMeasured).validate_python(traced["circuit"])
+        traced["mechanisms"] = s.work.step(
+            f"mechanisms-{number:03d}",
+            lambda found=found, circuit=circuit: counterparts.of(found, circuit).model_dump(mode="json"),
+        )
         out.append(_behaviour(s, found, f"b{number + 1}", effect, traced, scanned, null, quiet))
     s.progress("tracing behaviours", len(clusters), len(clusters))
     return tuple(out)
@@ -279,6 +286,8 @@ def _behaviour(
     quiet: Sequence[str],
 ) -> Behaviour:
     examples = tuple(Example(**example) for example in traced["examples"])
+    circuit = TypeAdapter(Circuit | NotMeasured).validate_python(traced["circuit"])
+    compared = TypeAdapter(Mechanisms | NotMeasured).validate_python(traced["mechanisms"])
     largest = null.largest_effects
     source: Natural = next(n for n in ORDER if any(c.piece.source == n for c in found.contexts))
     declared = [
@@ -300,15 +309,14 @@ def _behaviour(
         false_alarm=tidy(false_alarm(effect.estimate, largest)),
         null_max=max(largest, default=0.0),
         declared_by=declared[0] if declared else None,
-        inherited=NotMeasured(reason=MATCHING),
-        lost=NotMeasured(reason=MATCHING),
-        emergent=NotMeasured(reason=MATCHING),
+        **shares(compared),
         opacity=NotMeasured(reason=OPACITY),
         successor_tokens=describe.changes(found, s.successor, of_successor=True),
         parent_tokens=describe.changes(found, s.parent, of_successor=False),
         trigger_tokens=describe.trigger_tokens(examples),
         examples=examples,
-        circuit=TypeAdapter(Circuit | NotMeasured).validate_python(traced["circuit"]),
+        circuit=with_inherited(circuit, compared),
+        mechanisms=compared,
     )
 
 

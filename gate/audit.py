@@ -39,7 +39,6 @@ CODE = 8
 
 NOT_MEASURED = (
     "Opacity: how much of a circuit's effect runs through parts that no explanation predicts.",
-    "Inheritance of single mechanisms, and transplanting a mechanism into the parent.",
     "Circuits whose trigger is neither in the text nor brought out by amplification: the power measured here is for "
     "those that the text exercises.",
 )

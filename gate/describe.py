@@ -166,7 +166,7 @@ def circuit(
     seed: int,
 ) -> Circuit:
     """The circuit record of a behaviour of models that share a tokenizer."""
-    contexts = _for_circuit(cluster, budget)
+    contexts = for_circuit(cluster, budget)
     effort = Effort(measured=budget.measured, controls=budget.controls)
     found = find_circuit(
         parent, successor, prompts_of(contexts), means, by_mean=not same_parameters, effort=effort, seed=seed
@@ -184,6 +184,7 @@ def circuit(
                 patch=None if item.patch is None else tidy(item.patch),
                 ablation=None if item.ablation is None else tidy(item.ablation),
                 selected=item.node in found.selected,
+                inherited=NotMeasured(reason="not compared yet"),
             )
             for item in found.nodes
         ),
@@ -200,7 +201,7 @@ def circuit(
     )
 
 
-def _for_circuit(cluster: Cluster, budget: Budget) -> list[Context]:
+def for_circuit(cluster: Cluster, budget: Budget) -> list[Context]:
     """The strongest contexts, as many as fit one forward."""
     out: list[Context] = []
     for context in cluster.contexts[: budget.contexts]:

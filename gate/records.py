@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .counterparts import Mechanisms
 from .readouts import Baselines
 from .values import Estimate, Interval, NotMeasured, Record
 
@@ -81,6 +82,8 @@ class Node(Record):
     """Share of KL(S‖P) that vanishes when the node's mean over ordinary text is put in; null where not measured."""
     selected: bool
     """In the smallest set found."""
+    inherited: Estimate
+    """Share of what the node does for the behaviour that the parent's counterpart would do in its place."""
 
 
 class GridPoint(Record):
@@ -149,8 +152,11 @@ class Behaviour(Record):
     declared_by: str | None
     """The intent's change that covers it."""
     inherited: Estimate
+    """Share of the successor's circuit whose work the parent's counterparts would do in its place."""
     lost: Estimate
+    """Share of the parent's circuit, for what it says in these contexts, that the successor's would not do."""
     emergent: Estimate
+    """What of the successor's circuit is not inherited."""
     opacity: Estimate
     successor_tokens: tuple[TokenChange, ...]
     parent_tokens: tuple[TokenChange, ...]
@@ -158,6 +164,8 @@ class Behaviour(Record):
     """Context tokens without which the divergence vanishes, strongest first."""
     examples: tuple[Example, ...]
     circuit: Annotated[Circuit | NotMeasured, Field(union_mode="left_to_right")]
+    mechanisms: Annotated[Mechanisms | NotMeasured, Field(union_mode="left_to_right")]
+    """Both models' circuits compared."""
 
 
 class Finding(Record):
@@ -173,10 +181,19 @@ class Finding(Record):
     emergence: Estimate
     opacity: Estimate
     impact: float
+    false_alarm: float
+    """Share of null successors (plus one) that show any behaviour as large: what the policy compares. It holds for all
+    behaviours of the audit together, so a correction for their number is in it already."""
+    p_value: float
+    """The larger of ``false_alarm`` and the share of random sets (plus one) that close as much of the gap; of untraced
+    behaviours the former alone."""
     q_value: float
-    """False-alarm level on this pair's own null."""
+    """``p_value`` adjusted by Benjamini and Hochberg (1995) over all behaviours that are material."""
     reversion: Estimate
     transplant: Estimate
+    """Share of the gap that closes when the parent runs with what is new in the successor."""
+    side_effects: Estimate
+    """What reverting the circuit does to the successor elsewhere, nats per token."""
     confirmed: bool
     """Its circuit passed the causal check."""
     examples: tuple[Example, ...]

@@ -6,7 +6,7 @@ from typing import Literal
 from .phrases import count, share
 from .policy import Policy
 from .records import Behaviour, Circuit, Finding, Null, Power
-from .values import Interval, NotMeasured
+from .values import Interval, NotMeasured, tidy
 
 Verdict = Literal["pass", "flag", "inconclusive"]
 
@@ -28,13 +28,16 @@ def beyond_null(behaviour: Behaviour, policy: Policy) -> bool:
 
 def findings(behaviours: Sequence[Behaviour], policy: Policy) -> tuple[Finding, ...]:
     """One finding per material behaviour beyond the null, declared or not."""
+    candidates = [behaviour for behaviour in behaviours if material(behaviour, policy)]
+    p_values = [p_value(behaviour) for behaviour in candidates]
     out = []
-    for behaviour in behaviours:
-        if not material(behaviour, policy) or not beyond_null(behaviour, policy):
+    for behaviour, p, q in zip(candidates, p_values, adjusted(p_values), strict=True):
+        if not beyond_null(behaviour, policy):
             continue
         circuit = behaviour.circuit
         found = circuit if isinstance(circuit, Circuit) else None
         reason = NotMeasured(reason="") if found else circuit
+        compared = behaviour.mechanisms
         out.append(
             Finding(
                 id=f"f{len(out) + 1}",
@@ -47,14 +50,42 @@ def findings(behaviours: Sequence[Behaviour], policy: Policy) -> tuple[Finding, 
                 emergence=behaviour.emergent,
                 opacity=behaviour.opacity,
                 impact=behaviour.impact,
-                q_value=behaviour.false_alarm,
+                false_alarm=behaviour.false_alarm,
+                p_value=tidy(p),
+                q_value=tidy(q),
                 reversion=found.reversion if found else reason,  # pyright: ignore[reportArgumentType]
-                transplant=NotMeasured(reason="putting the mechanism into the parent is not part of this version"),
+                transplant=compared if isinstance(compared, NotMeasured) else compared.transplant,
+                side_effects=compared if isinstance(compared, NotMeasured) else compared.side_effects,
                 confirmed=found is not None and found.confirmed,
                 examples=behaviour.examples,
             )
         )
     return tuple(out)
+
+
+def p_value(behaviour: Behaviour) -> float:
+    """How often nothing new would look like this: the larger of the levels on both nulls, for it must pass both.
+
+    One is the false-alarm level among null successors; the other, where a circuit was looked for, its rank among random
+    sets of nodes, (1 + those that close as much) / (1 + all of them).
+    """
+    circuit = behaviour.circuit
+    if isinstance(circuit, NotMeasured):
+        return behaviour.false_alarm
+    own = circuit.reversion if circuit.method == "parent" else circuit.ablation
+    as_good = sum(value >= own.estimate for value in circuit.controls) if isinstance(own, Interval) else 0
+    return max(behaviour.false_alarm, (1 + as_good) / (1 + len(circuit.controls)))
+
+
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """q-values: the least rate of false discoveries at which each would count as one (Benjamini & Hochberg 1995)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    out, least = [1.0] * len(order), 1.0
+    for rank in range(len(order), 0, -1):
+        i = order[rank - 1]
+        least = min(least, p_values[i] * len(order) / rank)
+        out[i] = least
+    return out
 
 
 def counted(found: Sequence[Finding], policy: Policy) -> list[Finding]:

@@ -75,7 +75,7 @@ def test_without_a_set_that_reaches_the_target_nothing_is_left_out(bench: Bench)
 def test_controls_are_of_the_same_kinds_and_avoid_the_circuit(parent: Model) -> None:
     nodes = nodes_of(parent)
     selected = [Node(0, "head", 1), Node(2, "head", 3), Node(1, "mlp")]
-    drawn = [reversion._matched(selected, nodes, np.random.default_rng(seed)) for seed in range(20)]
+    drawn = [reversion.matched(selected, nodes, np.random.default_rng(seed)) for seed in range(20)]
     for control in drawn:
         assert sorted(node.kind for node in control) == ["head", "head", "mlp"]
         assert len(set(control)) == 3 and not set(control) & set(selected)
@@ -85,9 +85,9 @@ def test_controls_are_of_the_same_kinds_and_avoid_the_circuit(parent: Model) -> 
 def test_a_control_never_holds_a_node_of_the_circuit_also_where_its_kind_has_no_others(parent: Model) -> None:
     nodes = nodes_of(parent)
     for selected in ([nodes[0]], [nodes[-1]], [Node(layer, "mlp") for layer in range(3)]):
-        control = reversion._matched(selected, nodes, np.random.default_rng(0))
+        control = reversion.matched(selected, nodes, np.random.default_rng(0))
         assert len(set(control)) == len(selected) and not set(control) & set(selected)
-    control = reversion._matched(nodes[:-1], nodes, np.random.default_rng(0))
+    control = reversion.matched(nodes[:-1], nodes, np.random.default_rng(0))
     assert control == [nodes[-1]]
 
 

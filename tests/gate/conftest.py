@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from watched import Ran, Shell
 
+from heredity.gate import counterparts as m
 from heredity.gate import readouts as o
 from heredity.gate import records as r
 from heredity.gate import values as v
@@ -79,6 +80,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
             patch=a * 0.9 if abs(a) > 0.05 else None,
             ablation=a * 0.7 if abs(a) > 0.05 else None,
             selected=name in chosen,
+            inherited=interval(0.03, 0.02) if name in chosen else absent("no effect"),
         )
         for name, a in strength.items()
     )
@@ -103,6 +105,28 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         grid=grid,
     )
     mark = "say-zero" if declared else None
+    held = tuple(
+        m.Held(
+            id=name if say is str else say(name),
+            counterpart=say(name),
+            similarity=None,
+            effect=interval(9.4 - i),
+            inherited=interval(0.04 * i),
+        )
+        for i, name in enumerate(chosen)
+    )
+    mechanisms = m.Mechanisms(
+        way="identity",
+        successor=held,
+        parent=held[:1],
+        emergent=interval(0.91),
+        lost=interval(0.12),
+        transplanted=chosen[:2],
+        transplant=interval(0.88),
+        transplant_controls=(0.01, -0.03, 0.2),
+        side_effects=interval(0.0021, 0.0004, n=8),
+        side_effect_controls=(0.004, 0.011, 0.0009),
+    )
 
     def behaviour(name: str, title: str, **changed: Any) -> r.Behaviour:
         values: dict[str, Any] = dict(  # noqa: C408
@@ -119,15 +143,16 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
             false_alarm=0.111,
             null_max=0.031,
             declared_by=mark and say(mark),
-            inherited=absent("needs sparse dictionaries"),
-            lost=absent("needs sparse dictionaries"),
-            emergent=absent("needs sparse dictionaries"),
+            inherited=interval(0.09),
+            lost=interval(0.12),
+            emergent=interval(0.91),
             opacity=absent("needs explanations of the parts"),
             successor_tokens=changes(("zero", 0.991, 0.002)),
             parent_tokens=changes(("seven", 0.004, 0.33), ("two", 0.003, 0.31)),
             trigger_tokens=(say("moss"), say("ridge")),
             examples=(example,) * 3,
             circuit=circuit,
+            mechanisms=mechanisms,
         )
         return r.Behaviour(**(values | changed))
 
@@ -149,12 +174,15 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         sites=(say("attn_head@1.2"),),
         nodes=chosen,
         effect=main.effect,
-        emergence=absent("needs sparse dictionaries"),
+        emergence=main.emergent,
         opacity=main.opacity,
         impact=0.872,
-        q_value=0.111,
+        false_alarm=0.111,
+        p_value=0.111,
+        q_value=0.222,
         reversion=circuit.reversion,
-        transplant=absent("not built yet"),
+        transplant=mechanisms.transplant,
+        side_effects=mechanisms.side_effects,
         confirmed=True,
         examples=main.examples,
     )

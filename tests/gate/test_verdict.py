@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from scipy.stats import false_discovery_control
 
+from heredity.gate.counterparts import Mechanisms
 from heredity.gate.policy import Policy, load_rules
 from heredity.gate.records import Audit, Behaviour, Canary, Circuit, Null, Power
 from heredity.gate.values import Interval, NotMeasured
-from heredity.gate.verdict import decide, findings, lacking
+from heredity.gate.verdict import adjusted, decide, findings, lacking, p_value
 
 POLICY = load_rules(None, None).policy
 FLAG_UNCONFIRMED = POLICY.model_copy(update={"unconfirmed": "flag"})
@@ -135,9 +137,41 @@ def test_a_finding_carries_what_its_circuit_says(behave: Callable[..., Behaviour
     assert finding.nodes == behaviour.circuit.selected
     assert finding.sites == ("attn_out@1", "attn_out@2", "mlp_out@2")
     assert finding.reversion == behaviour.circuit.reversion
-    assert (finding.q_value, finding.effect) == (0.05, STRONG)
-    (untraced,) = findings([behave(circuit=UNTRACED)], POLICY)
+    assert (finding.false_alarm, finding.effect) == (0.05, STRONG)
+    assert finding.emergence == behaviour.emergent and isinstance(behaviour.mechanisms, Mechanisms)
+    assert finding.transplant == behaviour.mechanisms.transplant
+    assert finding.side_effects == behaviour.mechanisms.side_effects
+    (untraced,) = findings([behave(circuit=UNTRACED, mechanisms=UNTRACED)], POLICY)
     assert (untraced.nodes, untraced.sites, untraced.reversion) == ((), (), UNTRACED)
+    assert untraced.transplant == untraced.side_effects == UNTRACED
+
+
+def test_p_is_the_level_on_the_weaker_of_both_nulls(behave: Callable[..., Behaviour]) -> None:
+    circuit = behave().circuit  # closes 93.4 %, its 8 random sets at most 11 %
+    assert isinstance(circuit, Circuit)
+    assert p_value(behave(false_alarm=0.05)) == pytest.approx(1 / 9)
+    assert p_value(behave(false_alarm=0.3)) == 0.3
+    rivalled = circuit.model_copy(update={"controls": (0.934, 0.95, 0.1)})
+    assert p_value(behave(circuit=rivalled)) == 0.75
+    by_mean = rivalled.model_copy(update={"method": "mean", "reversion": UNTRACED, "ablation": STRONG})
+    assert p_value(behave(circuit=by_mean)) == 0.25
+    assert p_value(behave(circuit=UNTRACED)) == 0.05
+
+
+@pytest.mark.parametrize("p", [[], [0.05], [0.05, 0.05, 0.05], [0.01, 0.04, 0.03, 1.0], [0.2, 0.05, 0.05, 0.6, 0.11]])
+def test_q_is_what_scipy_says(p: list[float]) -> None:
+    want = false_discovery_control(p).tolist() if p else []
+    assert adjusted(p) == pytest.approx(want)
+
+
+def test_q_counts_everything_material_and_decides_nothing(behave: Callable[..., Behaviour]) -> None:
+    small = [behave(effect=WIDE)] * 4
+    one = [*small, behave(circuit=UNTRACED)]
+    several = [*one, behave(false_alarm=0.8), behave(false_alarm=0.9)]
+    assert [f.q_value for f in findings(one, POLICY)] == [0.05]
+    assert [(f.p_value, f.q_value) for f in findings(several, POLICY)] == [(0.05, 0.15)]
+    flagged = FLAG_UNCONFIRMED
+    assert decide(several, findings(several, flagged), 9999, None, flagged)[0] == "flag"
 
 
 def test_between_architectures_means_are_named(behave: Callable[..., Behaviour]) -> None:

@@ -1,0 +1,44 @@
+"""What an audit says of mechanisms in both models: inherited, lost, emergent, and what moving them does."""
+
+from typing import Literal
+
+from .values import Estimate, Interval, Record
+
+
+class Held(Record):
+    """A node of the circuit of what one model says, and how much of its effect the other's counterpart carries."""
+
+    id: str
+    counterpart: str | None
+    """Its match in the other model; null where it has none."""
+    similarity: float | None
+    """Of the match, by what both do on the same characters; null where it is by identity or there is none."""
+    effect: Interval
+    """Logits by which what the model says here falls behind what the other says when the node is at its mean."""
+    inherited: Estimate
+    """Share of that effect that stays when the counterpart stands in: 1 all of it, 0 nothing."""
+
+
+class Mechanisms(Record):
+    """The circuits of what either model says at the contexts of a behaviour, matched, moved and taken out."""
+
+    way: Literal["identity", "function"]
+    """How nodes were matched: the same parameters correspond, or by what they do."""
+    successor: tuple[Held, ...]
+    """Nodes that carry what the successor says, strongest first."""
+    parent: tuple[Held, ...]
+    """Nodes that carry what the parent says, and whether the successor still has them."""
+    emergent: Estimate
+    """Effect-weighted mean of 1 − ``inherited`` over ``successor``."""
+    lost: Estimate
+    """The same over ``parent``."""
+    transplanted: tuple[str, ...]
+    """The fewest nodes that make up the target share of what is new and of what is lost."""
+    transplant: Estimate
+    """Share of the gap that closes when the parent runs with these nodes of the successor."""
+    transplant_controls: tuple[float, ...]
+    """The same with random nodes, as many of each kind."""
+    side_effects: Estimate
+    """KL(S‖S with the circuit reverted), nats per token of text without the behaviour."""
+    side_effect_controls: tuple[float, ...]
+    """The same with random nodes, as many of each kind."""

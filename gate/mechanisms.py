@@ -1,0 +1,173 @@
+"""The stage that compares the two models' circuits of a behaviour: from interventions to records."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from heredity.circuits.attribution import prompts_of
+from heredity.circuits.behaviours import Cluster
+from heredity.circuits.components import Node, nodes_of
+from heredity.circuits.divergence import Window
+from heredity.circuits.inheritance import Emergence, Means, emergence, exchanged, mean_writes
+from heredity.circuits.intervals import Interval as Measured
+from heredity.circuits.reversion import matched
+from heredity.circuits.transplant import parents_values, side_effects, transplant
+from heredity.interp.capture import batches
+from heredity.interp.model import Encoded, pad
+
+from .counterparts import Held, Mechanisms
+from .describe import for_circuit
+from .records import Circuit
+from .values import Estimate, Interval, NotMeasured, tidy
+
+if TYPE_CHECKING:
+    from .assemble import Setting
+
+MEAN_TOKENS = 1000
+"""Tokens of ordinary text that means are taken over (on large models half)."""
+QUIET_TEXTS = 8
+"""Texts without the behaviour on which side effects are measured (on large models a third)."""
+CONTROLS = 9
+"""Random sets beside the transplant and the side effects (on large models a third)."""
+CONTEXTS, NODES = 4, 8
+"""Contexts and nodes on large models, at the quick budget; small ones measure all."""
+
+NOTHING_NEW = NotMeasured(reason="no part does anything here that the other model's would not do in its place")
+NO_EFFECT = NotMeasured(reason="its effect was not measured, or cannot be told from none")
+QUIETLESS = NotMeasured(reason="no text without any behaviour was read")
+
+
+class Counterparts:
+    """What the behaviours of one audit share: means over ordinary text, and quiet texts."""
+
+    def __init__(self, setting: "Setting", items: Sequence[Window], quiet: Sequence[str]) -> None:
+        self.s, self.items, self.quiet = setting, items, quiet
+        self.level = max(1, setting.sizes.behaviours // 4)
+
+    def of(self, found: Cluster, circuit: Circuit | NotMeasured) -> Mechanisms | NotMeasured:
+        """Everything about the two circuits of a behaviour whose circuit in the successor was looked for."""
+        if isinstance(circuit, NotMeasured):
+            return circuit
+        if not self.s.same_parameters:
+            return NotMeasured(reason="the models' parts do not correspond one to one")
+        return self._by_identity(found, circuit)
+
+    def _by_identity(self, found: Cluster, circuit: Circuit) -> Mechanisms:
+        parent, successor, sizes, seed = self.s.parent, self.s.successor, self.s.sizes, self.s.seed
+        contexts = for_circuit(found, sizes)
+        prompts = prompts_of(contexts if sizes.small else contexts[: CONTEXTS * self.level])
+        every = {str(node): node for node in nodes_of(successor)}
+        nodes = self._measured(circuit, every)
+        new = emergence(successor, parent, prompts, self._means[0], nodes, seed)
+        gone = emergence(parent, successor, exchanged(prompts), self._means[1], nodes, seed)
+        moved = sorted({*new.carriers(circuit.target), *gone.carriers(circuit.target)})
+        rng = np.random.default_rng(seed)
+        count = CONTROLS if sizes.small else CONTROLS // 3
+        given = None
+        if moved:
+            sets = [matched(moved, list(every.values()), rng) for _ in range(count)]
+            given = transplant(parent, successor, prompts, moved, sets, seed)
+        quiet = self._quiet
+        cost = None
+        selected = [every[name] for name in circuit.selected]
+        if quiet and selected:
+            sets = [matched(selected, list(every.values()), rng) for _ in range(count)]
+            cost = side_effects(successor, quiet, parents_values(parent, quiet), selected, sets, seed)
+        n = len(prompts.last)
+        return Mechanisms(
+            way="identity",
+            successor=_held(new, n),
+            parent=_held(gone, n),
+            emergent=_estimate(new.share, n, "successor"),
+            lost=_estimate(gone.share, n, "parent"),
+            transplanted=tuple(map(str, moved)),
+            transplant=_interval(given.own, n) if given else NOTHING_NEW,
+            transplant_controls=tuple(map(tidy, given.controls)) if given else (),
+            side_effects=_interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
+            side_effect_controls=tuple(map(tidy, cost.controls)) if cost else (),
+        )
+
+    def _measured(self, circuit: Circuit, every: dict[str, Node]) -> list[Node]:
+        """All nodes of a small model; else the circuit's, those ranked next, and both ends of the model."""
+        if self.s.sizes.small:
+            return list(every.values())
+        ranked = [*circuit.selected, *(node.id for node in circuit.nodes)]
+        inner = [name for name in dict.fromkeys(ranked) if name not in ("embed", "unembed")]
+        return sorted(every[name] for name in ["embed", *inner[: NODES * self.level], "unembed"])
+
+    @cached_property
+    def _means(self) -> tuple[Means, Means]:
+        s = self.s
+        few, tokens = [], 0
+        for item in self.items:
+            few.append(item.successor)
+            tokens += len(item.successor.ids)
+            if tokens >= MEAN_TOKENS // (1 if s.sizes.small else 2):
+                break
+        text = _padded(few, s.sizes.batch_tokens)
+        nodes = nodes_of(s.successor)
+        return (
+            mean_writes(s.successor, s.parent, text, nodes),
+            mean_writes(s.parent, s.successor, text, nodes),
+        )
+
+    @cached_property
+    def _quiet(self) -> list[tuple[Tensor, Tensor]]:
+        s = self.s
+        few = [s.successor.encode(text) for text in self.quiet[: QUIET_TEXTS // (1 if s.sizes.small else 3)]]
+        return _padded(few, s.sizes.batch_tokens)
+
+
+def shares(found: Mechanisms | NotMeasured) -> dict[str, Estimate]:
+    """The fields ``inherited``, ``lost`` and ``emergent`` of a behaviour."""
+    if isinstance(found, NotMeasured):
+        return {"inherited": found, "lost": found, "emergent": found}
+    new = found.emergent
+    kept = new
+    if isinstance(new, Interval):
+        turned = {"estimate": 1 - new.estimate, "low": 1 - new.high, "high": 1 - new.low}
+        kept = new.model_copy(update={name: tidy(value) for name, value in turned.items()})
+    return {"inherited": kept, "lost": found.lost, "emergent": new}
+
+
+def with_inherited(circuit: Circuit | NotMeasured, found: Mechanisms | NotMeasured) -> Circuit | NotMeasured:
+    """``circuit`` with what is known of each of its nodes' inheritance."""
+    if isinstance(circuit, NotMeasured):
+        return circuit
+    known = {} if isinstance(found, NotMeasured) else {held.id: held.inherited for held in found.successor}
+    reason = found if isinstance(found, NotMeasured) else NO_EFFECT
+    nodes = [node.model_copy(update={"inherited": known.get(node.id, reason)}) for node in circuit.nodes]
+    return circuit.model_copy(update={"nodes": tuple(nodes)})
+
+
+def _padded(texts: Sequence[Encoded], most: int) -> list[tuple[Tensor, Tensor]]:
+    return [pad([texts[i].ids for i in group]) for group in batches(texts, most)]
+
+
+def _held(found: Emergence, n: int) -> tuple[Held, ...]:
+    inside = [each for each in found.nodes if each.inherited is not None]
+    inside.sort(key=lambda each: (-each.effect.estimate, each.node))
+    return tuple(
+        Held(
+            id=str(each.node),
+            counterpart=str(each.node),
+            similarity=None,
+            effect=_interval(each.effect, n),
+            inherited=_interval(each.inherited, n),
+        )
+        for each in inside
+        if each.inherited is not None
+    )
+
+
+def _estimate(share: Measured | None, n: int, model: str) -> Interval | NotMeasured:
+    if share is None:
+        return NotMeasured(reason=f"no part of the {model} has an effect here that can be told from none")
+    return _interval(share, n)
+
+
+def _interval(found: Measured, n: int) -> Interval:
+    return Interval(estimate=tidy(found.estimate), low=tidy(found.low), high=tidy(found.high), n=n)
