@@ -2,7 +2,7 @@
 
 Nodes are ranked by attribution patching with the gradients at both ends (Syed et al. 2310.10348), the top of the
 ranking is measured by exchanging each node's write for that on the counterfactual prompt, and the carriers are the
-smallest set found whose joint exchange takes :data:`TARGET` of the effect. Nodes are ranked and carriers chosen on one
+smallest set found whose joint exchange takes :data:`TARGET` of what all measured nodes take together. Nodes are ranked and carriers chosen on one
 half of the prompts; every number that is reported comes from the other. The embedding is no candidate: exchanging it
 exchanges the prompt.
 """
@@ -24,7 +24,7 @@ from .tasks.screen import values
 from .tasks.task import Task, Template
 
 TARGET = 0.85
-"""Share of the effect that exchanging the carriers has to take."""
+"""Share of what exchanging all measured nodes takes that exchanging the carriers has to take."""
 PRUNED = 24
 """Carriers up to which each is tried without."""
 
@@ -147,23 +147,23 @@ def _fewest(model: Model, half: Half, candidates: Sequence[str]) -> list[str]:
     rows = [layout.source_index[name] for name in candidates]
     alone = patch_nodes(model, layout, half.pairs, half.metric, rows).mean(1)
     order = [rows[i] for i in alone.argsort(descending=True, stable=True).tolist()]
+
+    def taken(nodes: Sequence[int]) -> float:
+        return float(patch_sets(model, layout, half.pairs, half.metric, [nodes]).mean())
+
+    # Of what nodes can take at all: the rest goes from the embedding to the logits directly.
     clean, corrupt = values(model, half)
-    wanted = TARGET * float((clean - corrupt).mean())
-
-    def enough(sets: Sequence[Sequence[int]]) -> list[bool]:
-        return (patch_sets(model, layout, half.pairs, half.metric, sets).mean(1) >= wanted).tolist()
-
+    wanted = TARGET * min(taken(rows), float((clean - corrupt).mean()))
     low, high = 0, 1
-    while high < len(order) and not enough([order[:high]])[0]:
+    while high < len(order) and taken(order[:high]) < wanted:
         low, high = high, high * 2
     high = min(high, len(order))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough([order[:middle]])[0] else (middle, high)
+        low, high = (low, middle) if taken(order[:middle]) >= wanted else (middle, high)
     kept = order[:high]
     for row in reversed(kept if len(kept) <= PRUNED else []):
         fewer = [other for other in kept if other != row]
-        if fewer and enough([fewer])[0]:
+        if fewer and taken(fewer) >= wanted:
             kept = fewer
     return [layout.sources[row] for row in sorted(kept)]
-

@@ -197,13 +197,13 @@ def _nodes(
     """Nodes measured in either model, and the share of the mechanism that is inherited."""
     matched = {name: find(name) for name in parent.effects}
     taken = set(matched.values())
-    pairs: list[tuple[str | None, str | None]] = [(name, other) for name, other in matched.items()]
+    pairs: list[tuple[str | None, str | None]] = list(matched.items())
     pairs += [(None, name) for name in successor.effects if name not in taken]
     zero = np.zeros(len(parent.clean))
     out, columns = [], []
     for own, other in pairs:
         p = parent.effects[own] if own else zero
-        s = successor.effects[other] if other in successor.effects else zero
+        s = successor.effects.get(other, zero) if other else zero
         columns.append((p, s))
         before, after = (resampled._ratios(v, r.effect) for v, r in ((p, parent), (s, successor)))
         change = interval(after[0] - before[0], after[1] - before[1])

@@ -25,6 +25,9 @@ from .counterparts import Mechanisms
 from .mechanisms import Counterparts, shares, with_inherited
 from .policy import Loaded
 from .power import power
+from .principle_files import Asked
+from .principle_records import PrincipleRecord, TaskRecord
+from .principles import examine
 from .readouts import Baselines
 from .records import Behaviour, Calibration, Circuit, Drift, Example, Null
 from .stages import Progress, Scanned
@@ -80,9 +83,11 @@ class Measured:
     tokens: int
     compared: int
     kl_in_behaviours: float
+    principles: tuple[PrincipleRecord, ...]
+    tasks: tuple[TaskRecord, ...]
 
 
-def measure(s: Setting, corpus: Corpus) -> Measured:
+def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
     """Run every stage."""
     parent, successor, sizes, seed = s.parent, s.successor, s.sizes, s.seed
     remembered = s.remembered
@@ -107,6 +112,7 @@ def measure(s: Setting, corpus: Corpus) -> Measured:
         remembered, successor, items, sizes, s.work, s.same_parameters, s.progress
     )
     null = _null(s, items, scanned["corpus"])
+    principles, tasks = examine(s, asked, null, (lambda name: name) if s.same_parameters else None)
     pieces = [piece for source in ORDER for piece in scanned[source].pieces]
     fewest = s.rules.policy.fewest_contexts
     clusters = stages.behaviours_in(parent, successor, pieces, items, sizes, fewest, seed)
@@ -147,6 +153,8 @@ def measure(s: Setting, corpus: Corpus) -> Measured:
         tokens=sum(len(item.parent.ids) for item in items),
         compared=len(kl),
         kl_in_behaviours=tidy(inside / kl.sum()) if kl.sum() > 0 else 0.0,
+        principles=principles,
+        tasks=tasks,
     )
 
 

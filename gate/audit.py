@@ -18,6 +18,8 @@ from heredity.interp.errors import OutputError
 
 from .budget import Budget, Name, budget
 from .policy import Loaded, load_rules
+from .principle_files import load_asked
+from .principle_verdict import judged
 from .records import Audit, Behaviour, Circuit, Coverage, ModelRecord, PolicyRecord, Provenance
 from .report import write_report
 from .summary import markdown
@@ -43,10 +45,7 @@ NOT_MEASURED = (
     "those that the text exercises.",
 )
 
-PRINCIPLES = (
-    "sets of what a successor must keep are not part of this version; a lost behaviour is seen only where the audited "
-    "text exercises it"
-)
+PRINCIPLES = "none were named with --principles, so a lost behaviour is seen only where the audited text exercises it"
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ class Request:
     field: str = "text"
     policy: Path | None = None
     intent: Path | None = None
+    principles: str | None = None
+    tasks: tuple[str, ...] = ()
     budget: Name = "quick"
     seed: int = 0
     command: tuple[str, ...] = ()
@@ -86,6 +87,7 @@ def run(
 
     started, clock = datetime.now(UTC), time.monotonic()
     rules = load_rules(request.policy, request.intent)
+    asked = load_asked(request.principles, request.tasks, rules)
     given = read_corpus(request.corpus, field=request.field) if request.corpus else None
     progress("loading models", 0, 2)
     parent = parent or load(request.parent, role="parent")
@@ -134,10 +136,11 @@ def run(
         another_parent=lambda: load(request.parent, role="parent"),
         remembered=Remembered(parent, request.parent_work),
     )
-    measured = measure(setting, corpus)
+    measured = measure(setting, corpus, asked)
     found = findings(measured.behaviours, rules.policy)
     lack = lacking(measured.calibration.power, measured.calibration.null, rules.policy)
     verdict, reasons = decide(measured.behaviours, found, measured.compared, lack, rules.policy)
+    verdict, reasons = judged(verdict, reasons, measured.principles, rules.policy)
     audit = Audit(
         verdict=verdict,
         reasons=reasons,
@@ -146,7 +149,8 @@ def run(
         baselines=measured.baselines,
         behaviours=measured.behaviours,
         findings=found,
-        principles=(NotMeasured(reason=PRINCIPLES),),
+        principles=measured.principles or (NotMeasured(reason=PRINCIPLES),),
+        tasks=measured.tasks,
         calibration=measured.calibration,
         coverage=Coverage(
             corpus=described,

@@ -62,6 +62,12 @@ def audit(
         list[Path] | None, typer.Option(help="Text to compare on; sampled from the parent if absent.")
     ] = None,
     field: Field = "text",
+    principles: Annotated[
+        str | None, typer.Option(help="YAML of what the successor must keep, or a shipped set: zoo, chat.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="File of a task or of several, or a shipped name, e.g. ioi or zoo.")
+    ] = None,
     intent: Annotated[Path | None, typer.Option(help="YAML: what the makers of the successor declared.")] = None,
     policy: Annotated[
         Path | None, typer.Option(help="YAML: what counts as a finding. Default: the shipped one.")
@@ -91,6 +97,8 @@ def audit(
                 field=field,
                 policy=policy,
                 intent=intent,
+                principles=principles,
+                tasks=tuple(tasks or ()),
                 budget=budget,
                 seed=seed,
                 command=("heredity", *sys.argv[1:]),

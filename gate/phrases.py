@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from .principle_records import PrincipleRecord
 from .records import Audit, Behaviour, Circuit, Finding, ModelRecord
 from .values import Interval, NotMeasured
 
@@ -81,7 +82,12 @@ def cases(audit: Audit) -> Cases:
 
 def unmeasured(audit: Audit) -> tuple[str, ...]:
     """What the verdict says nothing about, in words, each once."""
-    principles = [f"Principles: {item.reason}" for item in audit.principles]
+    principles = [f"Principles: {item.reason}" for item in audit.principles if isinstance(item, NotMeasured)]
+    principles += [
+        f"Principle “{item.id}”: {item.reason}"
+        for item in audit.principles
+        if isinstance(item, PrincipleRecord) and item.status == "unmeasured"
+    ]
     return tuple(dict.fromkeys([*audit.not_measured, *principles]))
 
 

@@ -32,6 +32,10 @@ class Policy(_Strict):
     declared_share: float = Field(gt=0, le=1)
     declared_breadth: float = Field(gt=0, le=1)
     fewest_tokens: int = Field(ge=0)
+    principle_loss: float = Field(gt=0, le=1)
+    principle_breaks: int = Field(ge=1)
+    principle_carried: float = Field(ge=0, le=1)
+    principle_replaced: Literal["report", "inconclusive", "flag"]
 
 
 class Change(_Strict):
@@ -40,6 +44,8 @@ class Change(_Strict):
     id: str = Field(min_length=1, max_length=80)
     description: str = Field(min_length=1, max_length=2000)
     phrases: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = Field(min_length=1)
+    principles: tuple[str, ...] = ()
+    """Ids of principles (docs/principles.md) that the change is allowed to weaken, end or replace."""
 
 
 class Intent(_Strict):

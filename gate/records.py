@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .counterparts import Mechanisms
+from .principle_records import PrincipleRecord, TaskRecord
 from .readouts import Baselines
 from .values import Estimate, Interval, NotMeasured, Record
 
@@ -322,7 +323,9 @@ class Audit(Record):
     baselines: Baselines
     behaviours: tuple[Behaviour, ...]
     findings: tuple[Finding, ...]
-    principles: tuple[NotMeasured, ...]
+    principles: tuple[Annotated[PrincipleRecord | NotMeasured, Field(union_mode="left_to_right")], ...]
+    tasks: tuple[TaskRecord, ...] = ()
+    """What became of the tasks that the user named; they decide nothing."""
     calibration: Calibration
     coverage: Coverage
     drift: Drift

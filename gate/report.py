@@ -23,6 +23,7 @@ from heredity.interp.errors import OutputError, one_line
 from heredity.interp.visible import pieces, visible
 
 from . import phrases
+from .principle_verdict import fled, gained, kept_rows, sentence
 from .readouts import Baselines
 from .records import SCHEMA_VERSION, Audit, Behaviour, Circuit, Example, MarkedToken
 from .values import Interval, NotMeasured
@@ -53,9 +54,8 @@ def write_report(audit: Audit, path: Path) -> None:
                 figures |= _behaviour_figures(case.behaviour, f"{kind}-{i}", null_effects)
     figures |= _baseline_figures(audit.baselines)
     template = templates().get_template("report.html.j2")
-    write_page(
-        template.render(audit=audit, cases=groups, unmeasured=phrases.unmeasured(audit), **page_parts(figures)), path
-    )
+    shown = {"cases": groups, "unmeasured": phrases.unmeasured(audit), "kept_rows": kept_rows(audit)}
+    write_page(template.render(audit=audit, **shown, **page_parts(figures)), path)
 
 
 def write_view(source: Path, out: Path) -> None:
@@ -214,6 +214,9 @@ def templates() -> Environment:
         "SOURCES": phrases.SOURCES,
         "METHODS": phrases.METHODS,
         "NULLS": phrases.NULLS,
+        "became": sentence,
+        "gained": gained,
+        "fled": fled,
         "context_of": _context_of,
         "plot_width": _plot_width,
         "not_measured": lambda value: isinstance(value, NotMeasured),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from heredity.interp.visible import visible
 
 from . import phrases
+from .principle_verdict import kept_rows, sentence
 from .records import Audit, Circuit, Example, ModelRecord
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ def markdown(audit: Audit) -> str:
         lines += [f"### {title}", "", *(_table(group) if group else ["None."]), ""]
     if groups.below:
         lines += [f"{phrases.count(len(groups.below), 'other difference')} below the policy.", ""]
+    kept = kept_rows(audit)
+    if kept:
+        rows = [f"| {what} | {_code(row.id)} | {_text(sentence(row))} |" for what, row in kept]
+        lines += ["### Principles and tasks", "", "| | | What became of it |", "|---|---|---|", *rows, ""]
     lines += ["### Cheap read-outs", "", _text(_readouts(audit)) + ".", "", "### Not measured", ""]
     lines += [f"- {_text(item)}" for item in phrases.unmeasured(audit)] or ["Nothing was recorded as not measured."]
     return "\n".join(lines) + "\n"
@@ -71,6 +76,8 @@ def terminal(audit: Audit, console: "Console") -> None:
         if len(group) > _FINDINGS:
             console.print(Text(f"  and {len(group) - _FINDINGS} more"))
     console.print()
+    for what, row in kept_rows(audit):
+        console.print(Text.assemble((f"{what} {visible(row.id, 80)}: ", "bold"), visible(sentence(row), 400)))
     if groups.below:
         console.print(Text(f"{phrases.count(len(groups.below), 'other difference')} below the policy"))
     console.print(Text(_readouts(audit)))
