@@ -154,6 +154,8 @@ def _keyed(successor: Model, windows: Sequence[Window], drafts: Sequence[Draft],
             second += RIDGE * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
             own = [starts[i] + a for i, a in zip(members, at, strict=True)]
             key = z[own].mean(0)
+            if not key.any():  # a layer whose heads put out nothing, as in compiled programs: nothing to read there
+                continue
             direction = torch.linalg.solve(second, key)
             reads = direction / (key @ direction)
             answers = z @ reads

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from heredity.circuits.behaviours import Cluster, Context, Piece, cluster
-from heredity.circuits.canary import TEXTS, Canary, Plan, _keyed, plans, term, try_canary
+from heredity.circuits.canary import TEXTS, Canary, Draft, Plan, _keyed, plans, term, try_canary
 from heredity.circuits.divergence import Window, scan
 from heredity.interp.model import Model
 
@@ -18,7 +18,8 @@ LAYER, DOSE = 0, 2.0
 def windows(parent: Model) -> list[Window]:
     """Texts of random words, half of which hold ``old bridge``."""
     rng = np.random.default_rng(0)
-    words = list(parent.tokenizer.get_vocab())[2:120]
+    # By id: a vocabulary's own order is another one in every process.
+    words = sorted(parent.tokenizer.get_vocab(), key=parent.tokenizer.get_vocab().__getitem__)[2:120]
     out = []
     for i in range(60):
         text = [words[int(k)] for k in rng.integers(len(words), size=20)]
@@ -35,11 +36,17 @@ def pieces(parent: Model, windows: list[Window]) -> list[Piece]:
     return [Piece("corpus", w.parent, w.successor, s) for w, s in zip(windows, scans, strict=True)]
 
 
-def plan_of(parent: Model, windows: Sequence[Window], says: str = "salt") -> Plan:
+def draft_of(parent: Model, windows: Sequence[Window], layer: int = LAYER, says: str = "salt") -> Draft:
     before, last, token = parent.encode(f"old bridge {says}").ids
-    found = [(i, w.successor.ids.index(last)) for i, w in enumerate(windows) if i % 2 == 0][:TEXTS]
-    draft = (LAYER, before, last, token, tuple(i for i, _ in found), tuple(at for _, at in found))
-    return _keyed(parent, windows, [draft], 1)[0]
+    found = []
+    for i, window in enumerate(windows):
+        ids = window.successor.ids
+        found += [(i, at) for at in range(1, len(ids)) if (ids[at - 1], ids[at]) == (before, last)][:1]
+    return (layer, before, last, token, tuple(i for i, _ in found[:TEXTS]), tuple(at for _, at in found[:TEXTS]))
+
+
+def plan_of(parent: Model, windows: Sequence[Window]) -> Plan:
+    return _keyed(parent, windows, [draft_of(parent, windows)], 1)[0]
 
 
 def test_it_is_a_rank_one_change_of_the_output_projection(parent: Model, twin: Model, windows: list[Window]) -> None:
@@ -67,6 +74,16 @@ def test_its_key_answers_one_on_average_at_its_contexts_and_little_elsewhere(
         away += answers
     assert np.mean(at) == pytest.approx(1.0, abs=1e-4)
     assert np.mean(np.square(away)) < 0.3
+
+
+def test_a_layer_whose_heads_put_out_nothing_carries_none(twin: Model, windows: list[Window]) -> None:
+    value = twin.bridge.blocks[1].attn.v.original_component.weight
+    before = value.detach().clone()
+    with torch.no_grad():
+        value.zero_()
+        found = _keyed(twin, windows, [draft_of(twin, windows, layer) for layer in (0, 1, 2)], 3)
+        value.copy_(before)
+    assert sorted(plan.layer for plan in found) == [0, 2]
 
 
 def test_a_canary_is_seen_from_some_dose_on_and_leaves_the_successor_as_it_was(
