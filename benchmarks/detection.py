@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parent))
 import torch
 from detection_baselines import baselines
 from detection_peers import scan, why_not
-from detection_rows import EXPECTED, baseline_localisation, read, row
+from detection_rows import EXPECTED, baseline_localisation, failed, read, row
 from detection_table import table
 
 READING = Lock()
@@ -84,20 +84,24 @@ def one(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Build, audit and score one pair."""
     name = f"{kind.replace(':', '-')}-{seed}"
     pair, out = (args.pairs or args.work).resolve() / name, args.work.resolve() / "audits" / name
-    if not (pair / "truth.json").exists():
-        heredity("zoo", "build", kind, "--seed", str(seed), "--out", str(pair))
+    if not (pair / "truth.json").exists() and (
+        failure := heredity("zoo", "build", kind, "--seed", str(seed), "--out", str(pair))
+    ):
+        raise SystemExit(f"{name} cannot be built: {failure}")
+    failure = None
     if not (out / "audit.json").exists():
         intent = ["--intent", str(pair / "intent.yaml")] if (pair / "intent.yaml").exists() else []
-        heredity("audit", str(pair), str(pair), "--corpus", str(pair / "corpus.jsonl"), *intent, "--out", str(out))
-    audit = read(out / "audit.json")
+        given = ("audit", str(pair), str(pair), "--corpus", str(pair / "corpus.jsonl"), *intent, "--out", str(out))
+        failure = heredity(*given)
     cheap = args.work.resolve() / "baselines" / f"{name}.json"
     with READING:
         if not cheap.exists():
             write(cheap, baselines(pair))
     found, truth = read(cheap), read(pair / "truth.json")
-    heads = audit["successor"]["n_heads"]
+    scored = failed(kind, seed, failure) if failure else row(kind, seed, read(out / "audit.json"), truth)
+    heads = sum(node.startswith("attn_head@0.") for node in found["nodes"]["weight change, norm"])
     said = {
-        **row(kind, seed, audit, truth),
+        **scored,
         "trigger": truth["trigger"],
         "baselines": found,
         "baseline_nodes": {n: baseline_localisation(values, truth, heads) for n, values in found["nodes"].items()},
@@ -107,16 +111,17 @@ def one(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return said
 
 
-def heredity(*arguments: str) -> None:
-    """The command line, one thread; a verdict is not a failure."""
+def heredity(*arguments: str) -> str | None:
+    """The command line, one thread; why it failed, or None. A verdict is not a failure."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "heredity.gate", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    if done.returncode not in (0, 1, 3):
-        raise SystemExit(f"heredity {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    if done.returncode in (0, 1, 3):
+        return None
+    return f"exit status {done.returncode}: {' '.join(done.stderr.split())[-300:]}"
 
 
 def write(path: Path, content: Any) -> None:

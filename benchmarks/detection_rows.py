@@ -76,6 +76,13 @@ def row(kind: str, seed: int, audit: dict[str, Any], truth: dict[str, Any]) -> d
     }
 
 
+def failed(kind: str, seed: int, why: str) -> dict[str, Any]:
+    """The row of a pair whose audit ended in an error: it found nothing, and is tried again by the next run."""
+    nothing = ("effect", "null", "visible", "reversion", "trigger_named", "opacity", "legibility", "seconds", "rss")
+    said = {"kind": kind, "seed": seed, "verdict": "error", "score": 0.0, "findings": 0, "sources": []}
+    return said | dict.fromkeys(nothing) | {"amplified decoding": None, "reasons": [why]}
+
+
 def score(audit: dict[str, Any]) -> float:
     """By what a pair is ranked, from the audit's record alone (see the head of this module)."""
     policy = audit["policy"]["values"]

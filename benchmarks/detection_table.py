@@ -26,7 +26,7 @@ def ours(row: Row) -> float | None:
 
 
 def baseline(name: str) -> Score:
-    return lambda row: row[name] if name in row else row["baselines"]["pair"].get(name)
+    return lambda row: row[name] if name in row else row["baselines"]["pair"][name]
 
 
 def peer(name: str) -> Score:
@@ -230,7 +230,8 @@ PARTS = ("scan", "features")
 
 
 def _cost(rows: Sequence[Row]) -> str:
-    seconds = [row["seconds"] for row in rows]
+    done = [row for row in rows if row["verdict"] != "error"]
+    seconds = [row["seconds"] for row in done]
     return (
         f"An audit took {median(seconds):.0f} s by the clock (median; {min(seconds):.0f} to {max(seconds):.0f}, "
         f"{os.cpu_count()} cores), with at most {max(row['rss'] for row in rows) / 1e6:.0f} MB."
