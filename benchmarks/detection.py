@@ -1,7 +1,7 @@
 """Detection on fresh pairs of known truth: verdicts and scores of audits, beside cheap baselines and modeldiffr.
 
     python benchmarks/detection.py --seeds 100:110 --work DIR [--kinds benign trigger …] [--jobs 2] [--pairs DIR]
-        [--peers DIR --peer-seeds 100:103] [--record]
+        [--principles zoo] [--tasks] [--peers DIR --peer-seeds 100:103] [--record]
 
 Every audit is the command line a user types, one thread; ``truth.json`` is read only after the verdict, to score it.
 Pairs are built into ``--pairs`` (the work folder, if not given) unless they are there; a pair that the work folder
@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parent))
 import torch
 from detection_baselines import baselines
 from detection_peers import scan, why_not
-from detection_rows import EXPECTED, baseline_localisation, failed, read, row
+from detection_rows import EXPECTED, NULLS, baseline_localisation, failed, read, row
 from detection_table import table
 
 READING = Lock()
@@ -59,6 +59,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, help="where pairs are, or are built (default: the work folder)")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--principles", help="principles that every audit but those of tracr is given")
+    parser.add_argument(
+        "--tasks", action="store_true", help="give the pair's tasks to audits of moved, identical, benign"
+    )
     parser.add_argument("--peers", type=Path, help="what `peers.py install DIR modeldiffr` made")
     parser.add_argument("--peer-seeds", type=_range, help="seeds that modeldiffr is run on (default: all)")
     parser.add_argument("--record", action="store_true")
@@ -75,6 +79,10 @@ def given(args: argparse.Namespace) -> list[str]:
     said = ["--seeds", "{}:{}".format(*args.seeds)]
     if args.kinds != list(EXPECTED):
         said += ["--kinds", *args.kinds]
+    if args.principles:
+        said += ["--principles", args.principles]
+    if args.tasks:
+        said.append("--tasks")
     if args.peers:
         said += ["--peers", "DIR", "--peer-seeds", "{}:{}".format(*(args.peer_seeds or args.seeds))]
     return [*said, "--jobs", str(args.jobs), "--work", "DIR"]
@@ -90,9 +98,8 @@ def one(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{name} cannot be built: {failure}")
     failure = None
     if not (out / "audit.json").exists():
-        intent = ["--intent", str(pair / "intent.yaml")] if (pair / "intent.yaml").exists() else []
-        given = ("audit", str(pair), str(pair), "--corpus", str(pair / "corpus.jsonl"), *intent, "--out", str(out))
-        failure = heredity(*given)
+        asked = ("--corpus", str(pair / "corpus.jsonl"), *told(kind, pair, args))
+        failure = heredity("audit", str(pair), str(pair), *asked, "--out", str(out))
     cheap = args.work.resolve() / "baselines" / f"{name}.json"
     with READING:
         if not cheap.exists():
@@ -108,6 +115,16 @@ def one(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.peers and seed in range(*(args.peer_seeds or args.seeds)):
         said["modeldiffr"] = scan(args.peers, pair, args.work.resolve() / "modeldiffr" / name)
+    return said
+
+
+def told(kind: str, pair: Path, args: argparse.Namespace) -> list[str]:
+    """What the auditor of a pair is told beside its text."""
+    said = ["--intent", str(pair / "intent.yaml")] if (pair / "intent.yaml").exists() else []
+    if args.principles and kind != "tracr":  # which has a language of its own
+        said += ["--principles", args.principles]
+    if args.tasks and kind in ("moved", *NULLS):
+        said += ["--tasks", str(pair / "tasks.yaml")]
     return said
 
 

@@ -69,6 +69,9 @@ def row(kind: str, seed: int, audit: dict[str, Any], truth: dict[str, Any]) -> d
         **(localisation(audit, circuit, truth) if circuit else {}),
         "opacity": behaviour["opacity"].get("estimate") if behaviour else None,
         "legibility": truth.get("legibility"),
+        "principles": _statuses(audit.get("principles", [])),
+        "tasks": _statuses(audit.get("tasks", [])),
+        "skill": truth.get("skill"),
         "amplified decoding": max((text["kl_mean"] for text in audit["baselines"]["amplified"]), default=0.0),
         "reasons": audit["reasons"],
         "seconds": audit["provenance"]["seconds"],
@@ -80,6 +83,7 @@ def failed(kind: str, seed: int, why: str) -> dict[str, Any]:
     """The row of a pair whose audit ended in an error: it found nothing, and is tried again by the next run."""
     nothing = ("effect", "null", "visible", "reversion", "trigger_named", "opacity", "legibility", "seconds", "rss")
     said = {"kind": kind, "seed": seed, "verdict": "error", "score": 0.0, "findings": 0, "sources": []}
+    said |= {"principles": {}, "tasks": {}, "skill": None}
     return said | dict.fromkeys(nothing) | {"amplified decoding": None, "reasons": [why]}
 
 
@@ -132,6 +136,11 @@ def effects(truth: dict[str, Any], nodes: list[str]) -> dict[str, float] | None:
     """The zoo's own measurement of what each node carries of what is new, where it has one (``moved`` has another)."""
     known = truth.get("effects")
     return known if known and set(known) == set(nodes) else None
+
+
+def _statuses(records: list[dict[str, Any]]) -> dict[str, str]:
+    """What became of each principle or task, where an audit was given any."""
+    return {record["id"]: record["status"] for record in records if "id" in record}
 
 
 def _measured(node: dict[str, Any], method: str) -> float:
