@@ -16,6 +16,7 @@ from heredity.zoo import KINDS, parse
 
 from . import train_command
 from .circuit_command import circuit
+from .lineage_command import lineage
 from .progress import Bars, logged
 from .repair_command import repair
 from .score_command import score
@@ -145,6 +146,7 @@ def capture(
 app.command()(circuit)
 app.command()(score)
 app.command()(repair)
+app.command()(lineage)
 
 
 @app.command()

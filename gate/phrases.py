@@ -32,9 +32,6 @@ METHODS = {
 }
 
 
-Estimated = Interval | NotMeasured | float
-
-
 @dataclass(frozen=True)
 class Case:
     """A behaviour together with the finding made of it; either may be absent."""

@@ -13,7 +13,7 @@ from . import phrases
 from .report import page_parts, templates, write_page
 from .score import Candidate, Outcome, Scores
 from .summary import SIGNS, STYLES, code, escaped
-from .values import NotMeasured
+from .values import Interval, NotMeasured
 from .work import write_atomically
 
 if TYPE_CHECKING:
@@ -62,9 +62,13 @@ def cells(candidate: Candidate) -> list[str]:
     ]
 
 
-def brief(value: phrases.Estimated, unit: str = "share") -> str:
-    """An estimate with its interval, or that there is none, without the reason."""
-    return "not measured" if isinstance(value, NotMeasured) else phrases.estimate(value, unit)
+def brief(value: Interval | NotMeasured, unit: str = "share") -> str:
+    """An estimate with its interval in brackets, or that there is none, without the reason."""
+    if isinstance(value, NotMeasured):
+        return "not measured"
+    shown, tail = (phrases.share, "") if unit == "share" else (phrases.number, f" {unit}")
+    interval = "" if value.n < 2 else f" [{shown(value.low)}, {shown(value.high)}]"
+    return f"{shown(value.estimate)}{tail}{interval}"
 
 
 def markdown(scores: Scores) -> str:
