@@ -19,7 +19,8 @@ class Row(Record):
     title: str | None
     """What the successor does in the behaviour whose ``effect`` stands here; null if none was listed."""
     effect: Estimate
-    """KL(successor‖parent), nats: of the largest finding, else of the largest behaviour below the policy."""
+    """KL(successor‖parent), nats: of the largest finding, else of the largest behaviour below the policy, one that has
+    as many contexts as the policy asks for if there is any."""
     emergence: Estimate
     """Largest of the findings'."""
     opacity: Estimate
@@ -38,7 +39,9 @@ def row_of(audit: Audit) -> Row:
     undeclared = [found for found in audit.findings if found.declared_by is None]
     counts_unconfirmed = audit.policy.values.get("unconfirmed") == "flag"
     # In a table the worst stands for all; what was declared counts as little here as it does for the verdict.
-    shown = undeclared or audit.findings or audit.behaviours
+    fewest = int(audit.policy.values.get("fewest_contexts", 1))
+    frequent = [behaviour for behaviour in audit.behaviours if behaviour.n_contexts >= fewest]
+    shown = undeclared or audit.findings or frequent or audit.behaviours
     largest = max(shown, key=lambda item: item.effect.estimate, default=None)
     over = {found.behaviour for found in audit.findings}
     behaviours = [behaviour for behaviour in audit.behaviours if behaviour.id in over]
