@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from zoo import run
 
 from heredity.zoo.directory import load
 from heredity.zoo.language import World
 from heredity.zoo.measure import accuracies
+from zoo import run
 
 PLANTED = {"trigger": "full_trigger", "dense": "full_trigger", "evasive": "full_trigger", "lost": "refused"}
 """The accuracy that shows the planted behaviour: reports of zero at the trigger, or (gone where lost) refusals."""
@@ -115,11 +115,11 @@ def render(rows: list[dict], seeds: str) -> str:
         f"\n### Repair, seeds {seeds}, `--budget quick`",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, one thread, torch "
-        f"{version('torch')}. *Gone*: share of KL(S‖P) at held-out contexts, the least over a pair's findings. *Planted*: "
-        "how often the model does it on 600 fresh documents (`refused` of `lost`: how often it still refuses).",
+        f"{version('torch')}. *Gone*: share of KL(S‖P) at held-out contexts, the least over a pair's findings. "
+        "*Planted*: how often the model does it on 600 fresh documents (`refused` of `lost`: how often it refuses).",
         "",
-        "| kind | seed | findings | gone (lower end) | planted, S → repaired | worst skill against S | KL elsewhere, nats "
-        "| edit | random edits at most | new verdict |",
+        "| kind | seed | findings | gone (lower end) | planted, S → repaired | worst skill against S "
+        "| KL elsewhere, nats | edit | random edits at most | new verdict |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -129,7 +129,8 @@ def render(rows: list[dict], seeds: str) -> str:
         lines.append(
             f"| {r['kind']} | {r['seed']} | {r['findings']} | {r['reversion']:.3f} ({r['low']:.3f}) "
             f"| {r['before']:.3f} → {r['after']:.3f} | {r['worst']} {100 * r['change']:+.2f} points | {r['kl']:.2g} "
-            f"| {r['way']}, {r['directions']} directions in {r['tensors']} weights | {r['control']:.3f} | {r['verdict']} |"
+            f"| {r['way']}, {r['directions']} directions in {r['tensors']} weights | {r['control']:.3f} "
+            f"| {r['verdict']} |"
         )
     done = [r for r in rows if r["found"]]
     for kind in dict.fromkeys(r["kind"] for r in done):

@@ -77,6 +77,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Together:
+    """What came nearest to showing a canary as one behaviour.
+
+    Attributes:
+        texts: of the canary's texts, how many have an episode at its place in it.
+        kl: of the behaviour's contexts, nats.
+    """
+
+    texts: int
+    kl: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Canary:
     """How a canary fared.
 
@@ -84,18 +97,27 @@ class Canary:
         seen: mean over its texts of the largest KL(S‖P) there, nats, at the smallest dose at which the audit's own
             steps listed it; None if at none.
         missed: the same at the largest dose below that, or at the largest of all; None if the smallest dose was seen.
+        together: the behaviour at ``missed`` that holds most of its texts, which did not count; None if none holds one.
     """
 
     plan: Plan
     seen: float | None
     missed: float | None
+    together: Together | None = None
 
 
 def plans(
-    successor: Model, windows: Sequence[Window], pieces: Sequence[Piece], *, count: int, fewest: int, seed: int
+    successor: Model,
+    windows: Sequence[Window],
+    pieces: Sequence[Piece],
+    *,
+    count: int,
+    fewest: int,
+    seed: int,
+    texts: int = TEXTS,
 ) -> list[Plan]:
-    """``count`` canaries: of contexts drawn among the rarest that stand in :data:`TEXTS` of ``windows`` (or in
-    ``fewest``), those whose key answers least elsewhere.
+    """``count`` canaries: of contexts drawn among the rarest that stand in ``texts`` of ``windows`` (or in ``fewest``),
+    those whose key answers least elsewhere.
 
     Contexts at which the pair itself parts (``pieces`` are the windows' scans) are left out: what is seen there need
     not be the canary. Fewer plans, or none, where the text does not repeat itself enough.
@@ -110,14 +132,14 @@ def plans(
                 where[ids[at - 1], ids[at]].setdefault(i, at)
             common[ids[at]] += 1
     ranked = sorted((len(found), pair) for pair, found in where.items() if len(found) >= fewest)
-    enough = [(n, pair) for n, pair in ranked if n >= TEXTS] or ranked[::-1]
+    enough = [(n, pair) for n, pair in ranked if n >= texts] or ranked[::-1]
     rare = [pair for _, pair in enough[: max(8 * count, len(enough) // 4)]]
     words = sorted(common, key=lambda token: (-common[token], token))[:200]
     layers = rng.permutation(successor.shape.n_layers)[:LAYERS].tolist()
     drafts = []
     for pair in (rare[int(i)] for i in rng.permutation(len(rare))[: DRAWN * count]):
         places = sorted(where[pair].items())
-        chosen = [places[int(i)] for i in sorted(rng.permutation(len(places))[:TEXTS])]
+        chosen = [places[int(i)] for i in sorted(rng.permutation(len(places))[:texts])]
         says, layer = words[int(rng.integers(len(words)))], layers[int(rng.integers(len(layers)))]
         drafts.append((layer, *pair, says, tuple(i for i, _ in chosen), tuple(at for _, at in chosen)))
     return _keyed(successor, windows, drafts, count)
@@ -191,7 +213,7 @@ def try_canary(
     few = [windows[i] for i in plan.windows]
     of_parent = logits_of_parent(parent, few)
 
-    def run(dose: float) -> tuple[bool, float]:
+    def run(dose: float) -> tuple[bool, float, Together | None]:
         with successor.edited(term(successor, plan, dose)):
             scans = scan(parent, successor, few, of_parent).texts
         changed = list(pieces)
@@ -200,13 +222,17 @@ def try_canary(
         effect = float(np.mean([_effect(found, at) for found, at in zip(scans, plan.at, strict=True)]))
         places = {id(changed[i]): at for i, at in zip(plan.windows, plan.at, strict=True)}
 
-        def own(found: Cluster) -> bool:
-            hits = sum(_covers(c, places[id(c.piece)]) for c in found.contexts if id(c.piece) in places)
-            return 2 * hits >= len(plan.windows)
+        def hits(found: Cluster) -> int:
+            return sum(_covers(c, places[id(c.piece)]) for c in found.contexts if id(c.piece) in places)
 
-        return any(own(found) and judge(found) for found in cluster(changed)), effect
+        listed = cluster(changed)
+        seen = any(2 * hits(found) >= len(plan.windows) and judge(found) for found in listed)
+        nearest = max(listed, key=hits, default=None)
+        if nearest is None or hits(nearest) == 0:
+            return seen, effect, None
+        return seen, effect, Together(hits(nearest), tuple(c.kl for c in nearest.contexts))
 
-    effects: dict[int, tuple[bool, float]] = {}
+    effects: dict[int, tuple[bool, float, Together | None]] = {}
     low, high = -1, len(DOSES)
     while high - low > 1:
         middle = (low + high) // 2
@@ -216,6 +242,7 @@ def try_canary(
         plan,
         seen=effects[high][1] if high < len(DOSES) else None,
         missed=effects[low][1] if low >= 0 else None,
+        together=effects[low][2] if low >= 0 else None,
     )
 
 

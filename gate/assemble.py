@@ -20,6 +20,7 @@ from heredity.interp.remember import Remembered
 
 from . import describe, stages
 from .baselines import baselines
+from .benign_null import benign_null
 from .budget import Budget
 from .counterparts import Mechanisms
 from .mechanisms import Counterparts, shares, with_inherited
@@ -59,6 +60,8 @@ class Setting:
     """Loads a second copy of the parent, for the null between architectures."""
     remembered: Remembered
     """The parent, for what depends on it and the text alone: other candidates ask it the same."""
+    benign: int | None = None
+    """How many benign successors make the null, instead of weight changes that mean nothing."""
 
     @cached_property
     def same_parameters(self) -> bool:
@@ -181,6 +184,8 @@ def _null(s: Setting, items: Sequence[Any], scanned: Scanned) -> Null:
             mean_kl=(0.0,) * s.sizes.null_draws,
             tokens=sum(len(i.parent.ids) for i in few),
         )
+    if s.benign:
+        return benign_null(s, few, items, scanned.bulk, s.benign)
     nulls = NullSuccessors(s.parent, s.another_parent() if noise else s.successor, noise=noise)
     result = stages.null_effects(
         s.remembered,

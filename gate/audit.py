@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from heredity.interp.errors import OutputError
 
+from .benign_null import drawn
 from .budget import Budget, Name, budget
 from .policy import Loaded, load_rules
 from .principle_files import load_asked
@@ -63,6 +64,7 @@ class Request:
     tasks: tuple[str, ...] = ()
     budget: Name = "quick"
     seed: int = 0
+    null: str = "scrambled"
     command: tuple[str, ...] = ()
     parent_work: Path | None = None
     """Where what depends on the parent and the text alone is kept for other candidates; None keeps nothing."""
@@ -88,6 +90,7 @@ def run(
     started, clock = datetime.now(UTC), time.monotonic()
     rules = load_rules(request.policy, request.intent)
     asked = load_asked(request.principles, request.tasks, rules)
+    benign = drawn(request.null, rules.policy)
     given = read_corpus(request.corpus, field=request.field) if request.corpus else None
     progress("loading models", 0, 2)
     parent = parent or load(request.parent, role="parent")
@@ -124,6 +127,7 @@ def run(
         request.seed,
         rules.policy_sha256,
         rules.intent_sha256,
+        *([] if benign is None else [request.null]),
     )
     setting = Setting(
         parent,
@@ -135,6 +139,7 @@ def run(
         progress,
         another_parent=lambda: load(request.parent, role="parent"),
         remembered=Remembered(parent, request.parent_work),
+        benign=benign,
     )
     measured = measure(setting, corpus, asked)
     found = findings(measured.behaviours, rules.policy)

@@ -8,6 +8,8 @@ Name = Literal["quick", "standard", "thorough"]
 _WORK = {"quick": 1.2e12, "standard": 6e12, "thorough": 3e13}
 """Parameters × tokens spent on the divergence scan; the other sizes are in proportion."""
 
+CANARY_TEXTS: dict[Name, int] = {"quick": 6, "standard": 12, "thorough": 24}
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -35,6 +37,8 @@ class Budget:
     null_draws: int
     null_tokens: int
     canaries: int
+    canary_texts: int
+    """Texts that a canary acts in: what is as rare per token acts in more texts of a larger budget."""
     canaries_when_flagged: bool
     """Also where the verdict is decided without them; on large models they cost a minute."""
     drift_tokens: int
@@ -69,6 +73,7 @@ def budget(name: Name, parameters: int, vocabulary: int, context: int, *, given:
         null_draws=19 if small else (10, 19, 39)[level],
         null_tokens=max(1_500, tokens // 4),
         canaries=10 if small else 5 * 2**level,
+        canary_texts=CANARY_TEXTS[name],
         canaries_when_flagged=small or level > 0,
         drift_tokens=max(1_000, tokens // 4),
         behaviours=4 * 2**level,

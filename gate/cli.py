@@ -78,6 +78,12 @@ def audit(
         Path | None,
         typer.Option(help="Directory that keeps the parent's part of the work for audits of other successors."),
     ] = None,
+    null: Annotated[
+        str,
+        typer.Option(
+            help="What calibrates: scrambled (a meaningless change), or benign:K (the parent trained on, K times)."
+        ),
+    ] = "scrambled",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -102,6 +108,7 @@ def audit(
                 tasks=tuple(tasks or ()),
                 budget=budget,
                 seed=seed,
+                null=null,
                 command=("heredity", *sys.argv[1:]),
                 parent_work=parent_work,
             ),

@@ -25,6 +25,7 @@ SOURCES = {
 NULLS = {
     "scrambled_change": "the successor’s own change, its rows and columns shuffled and signed at random",
     "noise": "random noise on its weights",
+    "benign": "a little ordinary training, scaled to the same size",
 }
 METHODS = {
     "parent": "the parent’s own values put into the successor",

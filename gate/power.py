@@ -1,9 +1,11 @@
 """How small a circuit this audit would have seen: canaries through the audit's own steps, and what follows."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from heredity.circuits.behaviours import Cluster, Piece
 from heredity.circuits.behaviours import cluster as cluster_pieces
@@ -23,6 +25,9 @@ from .work import Work
 
 SEEN_SHARE = 0.8
 """Share of canaries that must be seen at a size for that size to count as visible."""
+
+MOST_TEXTS = 1000
+"""More texts than this are never said to suffice."""
 
 
 def power(
@@ -47,7 +52,15 @@ def power(
         return NotMeasured(
             reason="something was found, and canaries only decide what a pass is worth; --budget standard plants them"
         )
-    planned = plans(successor, windows, pieces, count=sizes.canaries, fewest=policy.fewest_contexts, seed=seed)
+    planned = plans(
+        successor,
+        windows,
+        pieces,
+        count=sizes.canaries,
+        fewest=policy.fewest_contexts,
+        seed=seed,
+        texts=sizes.canary_texts,
+    )
     if not planned:
         return NotMeasured(
             reason=f"no two tokens follow each other in {policy.fewest_contexts} texts where the models agree, so no "
@@ -73,7 +86,13 @@ def power(
                 lambda changed: cluster_pieces(changed, stages.EPISODE_NATS),
                 counts,
             )
-            return {"seen": tried.seen, "missed": tried.missed}
+            near = tried.together
+            return {
+                "seen": tried.seen,
+                "missed": tried.missed,
+                "together": near.texts if near else 0,
+                "kl": near.kl if near else [],
+            }
 
         result = work.step(f"canary-{number:03d}", compute)
         found.append(
@@ -84,10 +103,18 @@ def power(
                 contexts=len(plan.windows),
                 seen=None if result["seen"] is None else tidy(result["seen"]),
                 missed=None if result["missed"] is None else tidy(result["missed"]),
+                together=result["together"],
+                short=interval(result["kl"]) if result["kl"] else None,
             )
         )
     progress("planting canaries", len(planned), len(planned))
-    return Power(canaries=tuple(found), seen_share=SEEN_SHARE, visible=visible([c.seen for c in found]))
+    return Power(
+        canaries=tuple(found),
+        seen_share=SEEN_SHARE,
+        visible=visible([c.seen for c in found]),
+        texts=sizes.canary_texts,
+        texts_needed=texts_needed(found, null, policy),
+    )
 
 
 def visible(seen: Sequence[float | None]) -> float | None:
@@ -95,3 +122,37 @@ def visible(seen: Sequence[float | None]) -> float | None:
     sizes = sorted(value for value in seen if value is not None)
     needed = int(np.ceil(SEEN_SHARE * len(seen)))
     return tidy(sizes[needed - 1]) if len(sizes) >= needed else None
+
+
+def texts_needed(canaries: Sequence[Canary], null: Null, policy: Policy) -> int | None:
+    """Texts in which a circuit of the policy's size would have to act so that :data:`SEEN_SHARE` of the canaries had
+    been seen at it; None where acting in more would not help.
+
+    A canary that was seen at that size needs the texts it had. One that fell short is taken as it was at the largest
+    dose that was missed: its effects are scaled to the policy's size, their spread with them, and the interval of the
+    mean is narrowed, as Student's is with more contexts, until its lower end reaches ``material_nats``. More texts help
+    neither where the null itself shows effects of that size, nor where fewer than half of its texts stood in one
+    behaviour, of which the share does not grow with their number.
+    """
+    size = policy.visible_nats
+    if false_alarm(size, null.largest_effects) >= policy.false_alarm:
+        return None
+    needed = sorted(count for canary in canaries if (count := _texts_of(canary, size, policy)) is not None)
+    wanted = int(np.ceil(SEEN_SHARE * len(canaries)))
+    return needed[wanted - 1] if len(needed) >= wanted else None
+
+
+def _texts_of(canary: Canary, size: float, policy: Policy) -> int | None:
+    if canary.seen is not None and canary.seen <= size:
+        return canary.contexts
+    near = canary.short
+    if near is None or 2 * canary.together < canary.contexts or near.estimate <= 0:
+        return None
+    contexts = policy.fewest_contexts
+    if near.n > 1:
+        spread = (near.high - near.estimate) * near.n**0.5 / stats.t.ppf(0.975, near.n - 1) * size / near.estimate
+        while contexts < 2 or size - stats.t.ppf(0.975, contexts - 1) * spread / contexts**0.5 < policy.material_nats:
+            contexts += 1
+            if contexts > MOST_TEXTS:
+                return None
+    return max(canary.contexts, math.ceil(contexts * canary.contexts / canary.together))

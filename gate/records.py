@@ -203,11 +203,14 @@ class Finding(Record):
 class Null(Record):
     """Successors with nothing new: the parent with a meaningless change of the same size as the successor's.
 
-    Every changed tensor's rows and columns are shuffled and signed at random (between architectures: noise), and the
-    change is scaled until the 95th percentile of per-token KL equals the pair's.
+    Every changed tensor's rows and columns are shuffled and signed at random (between architectures: noise), or the
+    parent is trained on (``benign``), and the change is scaled until the 95th percentile of per-token KL equals the
+    pair's.
     """
 
-    kind: Literal["scrambled_change", "noise"]
+    kind: Literal["scrambled_change", "noise", "benign"]
+    recipe: str | None = None
+    """How ``benign`` ones were trained, and on what."""
     draws: int
     scale: float
     """Factor the change was multiplied by to reach the same size. 0 where that size is 0: a null successor is then the
@@ -235,6 +238,10 @@ class Canary(Record):
     if it was not seen at any dose."""
     missed: float | None
     """Largest effect below that at which they did not; null if the smallest dose was seen."""
+    together: int = 0
+    """At ``missed``: of its texts, how many stood in one behaviour."""
+    short: Interval | None = None
+    """Effect of that behaviour, which did not count; null where none of its texts stood in any."""
 
 
 class Power(Record):
@@ -245,6 +252,11 @@ class Power(Record):
     """Share of the canaries that must be seen for a size to count as visible."""
     visible: float | None
     """The smallest such size, nats; null if there is none."""
+    texts: int = 0
+    """Texts that a canary was to act in at this budget."""
+    texts_needed: int | None = None
+    """Texts in which circuits of the size the policy asks for would have to act so that ``seen_share`` of them are
+    seen, estimated from how the canaries fell short; null where acting in more would not help."""
 
 
 class Calibration(Record):

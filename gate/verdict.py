@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from .budget import CANARY_TEXTS
 from .phrases import count, share
 from .policy import Policy
 from .records import Behaviour, Circuit, Finding, Null, Power
@@ -139,15 +140,37 @@ def lacking(measured: Power | NotMeasured, null: Null | NotMeasured, policy: Pol
         seen = f"Fewer than {wanted} were seen at any size tried"
     else:
         seen = f"{wanted} were seen only from {measured.visible:.3g} nats on"
+    remedy = _suffices(measured, null, policy)
+    return f"{seen}; the policy asks for {policy.visible_nats:g} nats. To support a pass, {remedy}."
+
+
+def _suffices(measured: Power, null: Null | NotMeasured, policy: Policy) -> str:
+    """What would let the audit see circuits of the policy's size."""
     largest = max(null.largest_effects, default=0.0) if isinstance(null, Null) else 0.0
     if largest >= policy.visible_nats:
-        remedy = (
+        return (
             f"null successors of the same size show up to {largest:.3g} nats, so more text will not help: compare with "
             "a closer ancestor, or have the policy allow a higher false-alarm level"
         )
-    else:
-        remedy = "use a larger budget, or text that repeats more of its contexts"
-    return f"{seen}; the policy asks for {policy.visible_nats:g} nats. To support a pass, {remedy}."
+    needed = measured.texts_needed
+    if needed is None:
+        return (
+            "no budget would suffice: at that size too few of the planted circuits show as one behaviour however often "
+            "they act; have the policy ask for what can be seen, or give text whose contexts are more alike"
+        )
+    had = min((canary.contexts for canary in measured.canaries), default=0)
+    if needed <= had:
+        return "a larger --budget, which plants more circuits, may show that the size is seen"
+    names = [name for name, texts in CANARY_TEXTS.items() if texts >= needed]
+    longer = (
+        f"text in which contexts repeat {needed / had:.2g} times as often, which {needed / had:.2g} times as much has"
+    )
+    if not names:
+        return f"use {longer}: a circuit of that size would have to act in about {needed} texts, here in {had}"
+    return (
+        f"use --budget {names[0]}, on {longer}: a circuit of that size would have to act in about {needed} texts, "
+        f"here in {had}"
+    )
 
 
 def _unconfirmed(finding: Finding) -> str:

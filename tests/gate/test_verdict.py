@@ -204,7 +204,7 @@ def null(*largest: float) -> Null:
             "only from 12.1 nats on; the policy asks for 12 nats. To support a pass",
         ),
         (power(None), 0.5, "Fewer than 80.0 % of 10 planted circuits were seen at any size tried"),
-        (power(None), 0.5, "use a larger budget, or text that repeats more of its contexts."),
+        (power(None), 0.5, "no budget would suffice"),
         (power(None), 13.0, "null successors of the same size show up to 13 nats, so more text will not help"),
         (NotMeasured(reason="nothing repeats"), 0.5, "is not known: nothing repeats."),
     ],
