@@ -119,7 +119,7 @@ def opacity_of_behaviour(
     Raises:
         As :func:`opacity`.
     """
-    if counterfactual is None and not _alike(parent, successor):
+    if counterfactual is None and not alike(parent, successor):
         return Refused(
             "parent and successor have other parts, and no contexts without the behaviour were given to compare with",
             len(prompts.last),
@@ -207,9 +207,21 @@ def contrast_of_pairs(
 
 
 def contrast_of_models(
-    parent: Model, successor: Model, prompts: Prompts, split: Split, *, counterfactual: Tensor | None = None
+    parent: Model,
+    successor: Model,
+    prompts: Prompts,
+    split: Split,
+    *,
+    counterfactual: Tensor | None = None,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> Contrast:
-    """The parent and the successor on the same tokens, or the successor on two kinds of tokens."""
+    """The parent and the successor on the same tokens, or the successor on two kinds of tokens.
+
+    Args:
+        parent, successor, prompts, counterfactual: as of :func:`opacity_of_behaviour`.
+        split: what is explained.
+        places: positions of each context at which the behaviour shows, whose divergences are summed; None: the last.
+    """
     tokens = prompts.tokens
     pairs = Pairs(tokens, tokens if counterfactual is None else counterfactual, prompts.last)
     both = (parent, successor)
@@ -225,25 +237,36 @@ def contrast_of_models(
         other = World(successor, group.corrupt, 1) if counterfactual is not None else World(parent, group.clean, 0)
         return with_others(both, other, split), with_others(both, World(successor, group.clean, 1), split)
 
-    return Contrast(tuple(pairs.groups(GROUP_TOKENS)), worlds, reached(parent, successor, pairs))
+    return Contrast(tuple(pairs.groups(GROUP_TOKENS)), worlds, reached(parent, successor, pairs, places))
 
 
 @torch.no_grad()
-def reached(parent: Model, successor: Model, pairs: Pairs) -> Metric:
-    """How much of KL(S‖P) at the last position of each clean prompt a run reaches, nats: see
-    :func:`opacity_of_behaviour`."""
-    log_s, log_p = [], []
-    for rows in (order := list(pairs.groups(GROUP_TOKENS))):
+def reached(parent: Model, successor: Model, pairs: Pairs, places: Sequence[Sequence[int]] | None = None) -> Metric:
+    """How much of KL(S‖P) at some positions of each clean prompt a run reaches, nats: see
+    :func:`opacity_of_behaviour`.
+
+    Args:
+        parent, successor: the models.
+        pairs: prompts.
+        places: positions of each prompt, at least one; the last if None.
+    """
+    at = [[last] for last in pairs.last.tolist()] if places is None else [list(each) for each in places]
+    target: list[Tensor] = [torch.empty(0)] * len(pairs)
+    base: list[Tensor] = [torch.empty(0)] * len(pairs)
+    for rows in pairs.groups(GROUP_TOKENS):
         group = pairs.of(rows)
-        for found, model in ((log_s, successor), (log_p, parent)):
-            found.append(_last_log_probs(model.logits(group.clean), group.last))
-    size = min(log_s[0].shape[1], log_p[0].shape[1])
-    place = torch.cat(order).argsort()
-    target, base = torch.cat(log_s)[place, :size], torch.cat(log_p)[place, :size]
+        log_s, log_p = (model.logits(group.clean) for model in (successor, parent))
+        size = min(log_s.shape[-1], log_p.shape[-1])
+        for k, row in enumerate(rows.tolist()):
+            target[row] = torch.log_softmax(log_s[k, at[row]].float(), -1)[:, :size]
+            base[row] = torch.log_softmax(log_p[k, at[row]].float(), -1)[:, :size]
 
     def metric(logits: Tensor, rows: Tensor) -> Tensor:
-        own = _last_log_probs(logits, pairs.last[rows])[:, :size]
-        return (target[rows].exp() * (own - base[rows])).sum(-1)
+        found = []
+        for k, row in enumerate(rows.tolist()):
+            own = torch.log_softmax(logits[k, at[row]].float(), -1)[:, : target[row].shape[1]]
+            found.append((target[row].exp() * (own - base[row])).sum())
+        return torch.stack(found)
 
     return metric
 
@@ -271,11 +294,7 @@ def mean_unexplained(
     return {site: (value / n).to(dtype) for site, value in total.items()}
 
 
-def _last_log_probs(logits: Tensor, last: Tensor) -> Tensor:
-    return torch.log_softmax(logits[torch.arange(len(last)), last].float(), -1)
-
-
-def _alike(parent: Model, successor: Model) -> bool:
-    """Whether the two have the same parts."""
+def alike(parent: Model, successor: Model) -> bool:
+    """Whether the two models have the same parts."""
     one, other = (vars(model.shape) | {"d_vocab": 0, "n_ctx": 0} for model in (parent, successor))
     return one == other

@@ -18,6 +18,8 @@ from heredity.kernels import FeatureCSR
 from .opacity_parts import HeadsPart, NeuronsPart, Part
 
 ONE_SIDED_95 = 1.6449
+BATCH_TOKENS = 1024
+"""Padded tokens in a forward."""
 
 
 def q_of(explanations: Sequence[Explanation], n_units: int) -> Tensor:
@@ -84,12 +86,13 @@ def explained_neurons(
     n, chosen = len(model.neuron_weights(layer)[0]), list(neurons)
     if any(not 0 <= neuron < n for neuron in chosen):
         raise ValueError(f"the MLP of layer {layer} has neurons 0 to {n - 1}, not {chosen}")
-    values = _at_tokens(model, texts, f"mlp_post@{layer}", chosen)
+    site = f"mlp_post@{layer}"
+    values = values_at(model, texts, [site], chosen)[site]
     features = neuron_features(values, share=share)
     found = explain(features, Contexts(tuple(texts)), range(len(chosen)), seed=seed)
     found = [e.model_copy(update={"latent": chosen[e.latent]}) for e in found]
     thresholds = torch.full((n,), torch.inf)
-    thresholds[chosen] = _smallest(features)
+    thresholds[chosen] = smallest(features)
     return NeuronsPart(layer, q_of(found, n), thresholds), found
 
 
@@ -116,7 +119,8 @@ def explained_heads(
     if along not in ("norm", "direction"):
         raise ValueError(f"along must be 'norm' or 'direction', not {along!r}")
     weight, bias = model.head_weights(layer)
-    z = _at_tokens(model, texts, f"attn_z@{layer}")
+    site = f"attn_z@{layer}"
+    z = values_at(model, texts, [site])[site]
     columns, centres, directions = [], [], []
     for head in range(len(weight)):
         write = (z[:, head] @ weight[head] + bias / len(weight)).detach()
@@ -126,7 +130,7 @@ def explained_heads(
         directions.append(direction)
     features = neuron_features(torch.stack(columns, 1), share=share)
     found = explain(features, Contexts(tuple(texts)), range(len(weight)), seed=seed)
-    q, thresholds = q_of(found, len(weight)), _smallest(features)
+    q, thresholds = q_of(found, len(weight)), smallest(features)
     if along == "norm":
         return HeadsPart(layer, q, thresholds), found
     return HeadsPart(layer, q, thresholds, torch.stack(directions), torch.stack(centres)), found
@@ -142,18 +146,24 @@ def _placed(explanations: Sequence[Explanation], q: Sequence[float], n_units: in
 
 
 @torch.no_grad()
-def _at_tokens(model: Model, texts: Sequence[Encoded], site: str, columns: Sequence[int] | None = None) -> Tensor:
-    """Values of all tokens in the order of the texts, [T, …]; of some columns only."""
-    rows: list[Tensor] = [torch.empty(0)] * len(texts)
-    for members, tokens, mask in grouped(texts, 1024):
-        value = model.capture(tokens, [site])[site]
-        value = value if columns is None else value[..., list(columns)]
-        for i, each, real in zip(members, value, mask, strict=True):
-            rows[i] = each[real].clone()
-    return torch.cat([row for row in rows if len(row)])
+def values_at(
+    model: Model, texts: Sequence[Encoded], sites: Sequence[str], columns: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """Values at ``sites`` of all tokens in the order of the texts, [T, …] each; of some columns only.
+
+    Raises:
+        SiteError: the model lacks a site.
+    """
+    rows: dict[str, list[Tensor]] = {site: [torch.empty(0)] * len(texts) for site in sites}
+    for members, tokens, mask in grouped(texts, BATCH_TOKENS):
+        for site, value in model.capture(tokens, list(sites)).items():
+            kept = value if columns is None else value[..., list(columns)]
+            for i, each, real in zip(members, kept, mask, strict=True):
+                rows[site][i] = each[real].clone()
+    return {site: torch.cat([row for row in found if len(row)]) for site, found in rows.items()}
 
 
-def _smallest(features: FeatureCSR) -> Tensor:
+def smallest(features: FeatureCSR) -> Tensor:
     """Smallest absolute value stored for each latent, infinity where there is none: [F]."""
     found = torch.full((features.n_latents,), torch.inf, dtype=features.dtype)
     return found.scatter_reduce(0, features.indices.long(), features.values.abs(), "amin")

@@ -131,12 +131,12 @@ def _profile(setting: _Setting, steps: int, fewest: int, seed: int) -> Profile |
             run = _Run(setting, group, rows, some)
             reached, dropped = run.forward()
             total, slopes = run.backward()
-            gap[rows] = run.gap
-            free[rows] += run.mean(reached)
-            everything[rows] += run.mean(total)
+            gap[rows.numpy()] = run.gap
+            free[rows.numpy()] += run.mean(reached)
+            everything[rows.numpy()] += run.mean(total)
             for (site, kind), change in dropped.items():
                 carried = (slopes[site] * change).flatten(1).sum(1)
-                first.setdefault((site, kind), np.zeros(n))[rows] += run.mean(carried)
+                first.setdefault((site, kind), np.zeros(n))[rows.numpy()] += run.mean(carried)
     effect = effect_of(gap, fewest=fewest, seed=seed)
     if isinstance(effect, Refused):
         return effect

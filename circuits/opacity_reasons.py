@@ -169,7 +169,7 @@ def _reasons(
                 u.append(unexplained)
                 v.append(value.double())
                 why.append(_by_reason(world, split, linear))
-            gap[rows] = (v[1] - v[0]).numpy()
+            gap[rows.numpy()] = (v[1] - v[0]).numpy()
         moved = {key: why[1].get(key, 0.0) - why[0].get(key, 0.0) for key in dict.fromkeys([*why[0], *why[1]])}
         for world in worlds:
             slopes: dict[str, Tensor] = {}
@@ -179,10 +179,10 @@ def _reasons(
                     slopes[site] = slopes.get(site, 0.0) + weight * each
             with torch.no_grad():
                 low, high = (score(world.model.logits(world.tokens, edits=exchanged(world, split, each))) for each in u)
-            omega[rows] += ((high - low).double() / 2).numpy()
+            omega[rows.numpy()] += ((high - low).double() / 2).numpy()
             for (site, reason), change in moved.items():
                 carried = (slopes[site] * change).flatten(1).sum(1).double() / 2
-                parts.setdefault((site, reason), np.zeros(len(contrast)))[rows] += carried.numpy()
+                parts.setdefault((site, reason), np.zeros(len(contrast)))[rows.numpy()] += carried.numpy()
     kinds = sorted({reason for _, reason in parts})
     total = {kind: ratio(np.sum([x for (_, k), x in parts.items() if k == kind], 0), gap, seed) for kind in kinds}
     by_site: dict[str, dict[str, float]] = {site: {} for site in split.sites(worlds[1].side)}

@@ -53,26 +53,17 @@ def _with_replicas(
     found: Cluster, parent: Model, successor: Model, carriers: Sequence[Window], window: int, rng: np.random.Generator
 ) -> Cluster:
     given = [c for c in found.contexts if c.piece.source == "corpus"]
-    made = replicas(given, parent, successor, carriers, count=REPLICAS, window=window, rng=rng)
-    contexts = sorted([*found.contexts, *made], key=lambda c: (-c.kl, c.piece.scan.text_id, c.at))
+    pairs = [(given[k % len(given)], carriers[int(rng.integers(len(carriers)))]) for k in range(REPLICAS)]
+    copies = replicas(pairs, parent, successor, window)
+    contexts = sorted([*found.contexts, *copies], key=lambda c: (-c.kl, c.piece.scan.text_id, c.at))
     return replace(found, contexts=tuple(contexts))
 
 
-def replicas(
-    given: Sequence[Context],
-    parent: Model,
-    successor: Model,
-    carriers: Sequence[Window],
-    *,
-    count: int,
-    window: int,
-    rng: np.random.Generator,
-) -> list[Context]:
-    """``count`` contexts that end as those of ``given`` (in turn) and begin as ``carriers`` drawn at random."""
+def replicas(pairs: Sequence[tuple[Context, Window]], parent: Model, successor: Model, window: int) -> list[Context]:
+    """The end of each context behind the start of the text beside it, together at most ``window`` tokens, whether or
+    not the models diverge there."""
     windows = []
-    for k in range(count):
-        context = given[k % len(given)]
-        carrier = carriers[int(rng.integers(len(carriers)))]
+    for context, carrier in pairs:
         text = _transplanted(context, carrier, window)
         read_p, read_s = parent.encode(text), successor.encode(text)
         name = f"{context.piece.scan.text_id}+{carrier.text_id}"

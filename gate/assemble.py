@@ -14,6 +14,7 @@ from heredity.circuits.null import NullSuccessors
 from heredity.circuits.weights import comparable, relative_distance
 from heredity.interp.capture import batches
 from heredity.interp.corpus import Corpus
+from heredity.interp.dictionaries.record import Dictionary
 from heredity.interp.errors import CorpusError, ModelError
 from heredity.interp.model import Model, pad
 from heredity.interp.remember import Remembered
@@ -24,6 +25,7 @@ from .benign_null import benign_null
 from .budget import Budget
 from .counterparts import Mechanisms
 from .mechanisms import Counterparts, shares, with_inherited
+from .opacity import with_opacity
 from .policy import Loaded
 from .power import power
 from .principle_files import Asked
@@ -42,7 +44,7 @@ LISTED = 12
 ORDER: tuple[Natural, ...] = ("corpus", "sampled", "amplified")
 """Sources of text, the most ordinary first."""
 
-OPACITY = "needs explanations of the parts, which this version does not make"
+OPACITY = NotMeasured(reason="not measured yet")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Setting:
     """The parent, for what depends on it and the text alone: other candidates ask it the same."""
     benign: int | None = None
     """How many benign successors make the null, instead of weight changes that mean nothing."""
+    dictionaries: tuple[Dictionary, ...] = ()
+    """Whose latents are explained."""
+    train_dictionaries: bool = False
+    """Whether dictionaries are to be trained where none were given."""
 
     @cached_property
     def same_parameters(self) -> bool:
@@ -121,7 +127,7 @@ def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
     clusters = stages.behaviours_in(parent, successor, pieces, items, sizes, fewest, seed)
     clusters.sort(key=lambda c: -c.effect * len(c.contexts))
     clusters = [c for c in clusters if len(c.contexts) > 1 or c.effect >= stages.REPLICATE_NATS][:LISTED]
-    behaviours = _behaviours(s, clusters, items, scanned, null)
+    behaviours = with_opacity(s, clusters, _behaviours(s, clusters, items, scanned, null), items)
     kl = scanned["corpus"].kl
     inside = sum(_mass(c, "corpus") for c in clusters)
     return Measured(
@@ -323,7 +329,8 @@ def _behaviour(
         null_max=max(largest, default=0.0),
         declared_by=declared[0] if declared else None,
         **shares(compared),
-        opacity=NotMeasured(reason=OPACITY),
+        opacity=OPACITY,
+        opacity_detail=OPACITY,
         successor_tokens=describe.changes(found, s.successor, of_successor=True),
         parent_tokens=describe.changes(found, s.parent, of_successor=False),
         trigger_tokens=describe.trigger_tokens(examples),

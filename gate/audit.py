@@ -41,7 +41,6 @@ CODE = 8
 
 
 NOT_MEASURED = (
-    "Opacity: how much of a circuit's effect runs through parts that no explanation predicts.",
     "Circuits whose trigger is neither in the text nor brought out by amplification: the power measured here is for "
     "those that the text exercises.",
 )
@@ -62,6 +61,8 @@ class Request:
     intent: Path | None = None
     principles: str | None = None
     tasks: tuple[str, ...] = ()
+    dictionaries: tuple[str, ...] = ()
+    """Directories, or ``train``."""
     budget: Name = "quick"
     seed: int = 0
     null: str = "scrambled"
@@ -101,8 +102,12 @@ def run(
     import torch
 
     from heredity.interp.remember import Remembered
+    from heredity.interp.dictionaries.notes import digest
 
     from .assemble import Setting, measure
+    from .opacity_units import TRAIN, load_dictionaries
+
+    dictionaries = load_dictionaries([d for d in request.dictionaries if d != TRAIN], successor, parent)
 
     sizes = budget(
         request.budget,
@@ -128,6 +133,8 @@ def run(
         rules.policy_sha256,
         rules.intent_sha256,
         *([] if benign is None else [request.null]),
+        [digest(each) for each in dictionaries],
+        TRAIN in request.dictionaries,
     )
     setting = Setting(
         parent,
@@ -140,6 +147,8 @@ def run(
         another_parent=lambda: load(request.parent, role="parent"),
         remembered=Remembered(parent, request.parent_work),
         benign=benign,
+        dictionaries=dictionaries,
+        train_dictionaries=TRAIN in request.dictionaries,
     )
     measured = measure(setting, corpus, asked)
     found = findings(measured.behaviours, rules.policy)

@@ -73,6 +73,14 @@ def audit(
     policy: Annotated[
         Path | None, typer.Option(help="YAML: what counts as a finding. Default: the shipped one.")
     ] = None,
+    dictionary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR|train",
+            help="Sparse dictionary of the successor, in any known format, whose latents opacity is measured with; may "
+            "be given several times. `train`: train some on the audited text.",
+        ),
+    ] = None,
     budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much to look at.")] = "quick",
     parent_work: Annotated[
         Path | None,
@@ -106,6 +114,7 @@ def audit(
                 intent=intent,
                 principles=principles,
                 tasks=tuple(tasks or ()),
+                dictionaries=tuple(dictionary or ()),
                 budget=budget,
                 seed=seed,
                 null=null,

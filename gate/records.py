@@ -10,6 +10,7 @@ from pydantic import Field
 
 from .counterparts import Mechanisms
 from .principle_records import PrincipleRecord, TaskRecord
+from .opacity_record import OpacityDetail
 from .readouts import Baselines
 from .values import Estimate, Interval, NotMeasured, Record
 
@@ -159,6 +160,9 @@ class Behaviour(Record):
     emergent: Estimate
     """What of the successor's circuit is not inherited."""
     opacity: Estimate
+    """Share of the effect that runs through parts no explanation predicts; negative where they oppose it."""
+    opacity_detail: Annotated[OpacityDetail | NotMeasured, Field(discriminator="status")]
+    """Its terms, reasons and sites."""
     successor_tokens: tuple[TokenChange, ...]
     parent_tokens: tuple[TokenChange, ...]
     trigger_tokens: tuple[str, ...]

@@ -194,7 +194,8 @@ def evidence(
             missing = s.sizes.contexts - len(own)
             if missing > 0:
                 some = carriers[start::step]
-                made = replicas(own, s.parent, s.successor, some, count=missing, window=s.sizes.window, rng=rng)
+                pairs = [(own[k % len(own)], some[int(rng.integers(len(some)))]) for k in range(missing)]
+                made = replicas(pairs, s.parent, s.successor, s.sizes.window)
                 own += [c for c in made if c.kl >= stages.EPISODE_NATS]
             contexts.append(own)
         parts.append(Evidence(contexts, _upto(quiet[start % 2 :: 2], min(ORDINARY, room))))

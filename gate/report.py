@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from pydantic import ValidationError
 
 from heredity.circuits import views
+from heredity.circuits.opacity_views import opacity_figure
 from heredity.interp.errors import OutputError, one_line
 from heredity.interp.visible import pieces, visible
 
@@ -117,6 +118,8 @@ def _behaviour_figures(behaviour: Behaviour, prefix: str, null_effects: Sequence
         figures["circuit"] = views.circuit_figure(circuit.tokens, circuit.grid, circuit.nodes)
         reversion, ablation = (v if isinstance(v, Interval) else None for v in (circuit.reversion, circuit.ablation))
         figures["reversion"] = views.reversion_figure(reversion, ablation, circuit.controls, target=circuit.target)
+    if not isinstance(behaviour.opacity_detail, NotMeasured):
+        figures["opacity"] = opacity_figure(behaviour.opacity_detail.sites)
     figures["null"] = views.null_figure(behaviour.effect, null_effects or (behaviour.null_max,))
     return {f"{prefix}-{name}": figure.to_json() for name, figure in figures.items()}
 

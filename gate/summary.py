@@ -117,6 +117,7 @@ def _case_lines(case: phrases.Case) -> list["Text"]:
         if item.trigger_tokens:
             lines.append(Text("depends on: " + ", ".join(_quoted(token) for token in item.trigger_tokens[:8])))
         lines.append(Text(visible(_circuit(case), 500)))
+        lines.append(Text(visible(f"opacity: {phrases.estimate(item.opacity)}", 300)))
     return lines
 
 
@@ -134,17 +135,21 @@ def _example(example: Example) -> "Text":
 
 
 def _table(group: Sequence[phrases.Case]) -> list[str]:
-    rows = ["| | What the successor does | Effect | Impact | Circuit | Depends on |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| | What the successor does | Effect | Impact | Circuit | Opacity | Depends on |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for number, case in enumerate(group[:_FINDINGS], start=1):
         item = case.behaviour
         declared = f" (declared as {_code(case.declared_by)})" if case.declared_by else ""
         cells = [str(number), _text(case.title, 200) + declared]
         if item:
             triggers = " ".join(_code(token, 40) for token in item.trigger_tokens[:6])
+            opaque = phrases.estimate(item.opacity)
             effect = f"{phrases.number(item.effect.estimate)} nats (null at most {phrases.number(item.null_max)})"
-            cells += [effect, phrases.share(item.impact), _text(_circuit(case), 300), triggers]
+            cells += [effect, phrases.share(item.impact), _text(_circuit(case), 300), _text(opaque, 200), triggers]
         else:
-            cells += [""] * 4
+            cells += [""] * 5
         rows.append("| " + " | ".join(cells) + " |")
     return [*rows, "", f"and {len(group) - _FINDINGS} more"] if len(group) > _FINDINGS else rows
 

@@ -11,6 +11,7 @@ import pytest
 from watched import Ran, Shell
 
 from heredity.gate import counterparts as m
+from heredity.gate import opacity_record as d
 from heredity.gate import readouts as o
 from heredity.gate import records as r
 from heredity.gate import values as v
@@ -104,6 +105,37 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         tokens=tuple(say(w) for w in words),
         grid=grid,
     )
+    detail = d.OpacityDetail(
+        needed=interval(0.42, 0.05, 36),
+        alone=interval(0.8, 0.05, 36),
+        interaction=interval(-0.38, 0.05, 36),
+        effect=interval(4.4, 0.3, 36),
+        control=interval(0.05, 0.02, 36),
+        all_explained=interval(0.2, 0.03, 36),
+        counterfactual="parent",
+        n_replicated=12,
+        units=say("latents of sparse autoencoders"),
+        n_units=768,
+        n_explained=32,
+        n_labelled=29,
+        carried=0.7,
+        text_tokens=15_000,
+        routing=d.Routing(
+            explained=interval(0.3), unexplained=interval(0.6), routing=interval(0.1), needed=interval(0.02)
+        ),
+        reasons=(d.Reason(name=say("unlabelled"), share=interval(0.4)), d.Reason(name="error", share=interval(0.19))),
+        residual=0.02,
+        sites=(
+            d.SiteOpacity(site="attn_out@1", layer=1, shares={"error": 0.09, "unlabelled": -0.1}),
+            d.SiteOpacity(site=say("mlp_out@2"), layer=2, shares={"error": 0.1, say("unlabelled"): 0.5}),
+        ),
+        labels=(
+            d.Label(unit=say("mlp_out@2 latent 17"), carries=0.31, rule=say("this token is “moss”"), q=0.91),
+            d.Label(unit=say("attn_out@1 latent 3"), carries=-0.02, rule="", q=None),
+        )
+        * length,
+        seeds=(0.6, 0.63),
+    )
     mark = "say-zero" if declared else None
     held = tuple(
         m.Held(
@@ -146,7 +178,8 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
             inherited=interval(0.09),
             lost=interval(0.12),
             emergent=interval(0.91),
-            opacity=absent("needs explanations of the parts"),
+            opacity=interval(0.61, 0.06, 36),
+            opacity_detail=detail,
             successor_tokens=changes(("zero", 0.991, 0.002)),
             parent_tokens=changes(("seven", 0.004, 0.33), ("two", 0.003, 0.31)),
             trigger_tokens=(say("moss"), say("ridge")),
@@ -165,6 +198,8 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         false_alarm=0.667,
         declared_by=None,
         circuit=absent("below the policy’s floor, so no circuit was searched"),
+        opacity=absent("its circuit was not traced"),
+        opacity_detail=absent("its circuit was not traced"),
     )
     finding = r.Finding(
         id=say("f0"),
@@ -286,7 +321,6 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
             undelivered=(say("new-skill"),) if declared else (),
         ),
         not_measured=(
-            say("Opacity: how much of a circuit no explanation predicts."),
             say("Power: the smallest circuit this audit would have seen."),
             say("Transplant: whether the parent gains the behaviour when the circuit is put into it."),
         ),

@@ -124,7 +124,14 @@ def test_report_draws_every_figure(make_audit: Callable[..., Audit], tmp_path: P
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.js-plotly-plot')].map(e => e.dataset.figure)"
     )
-    assert drawn == ["finding-1-circuit", "finding-1-reversion", "finding-1-null", "kl", "cka"]
+    assert drawn == [
+        "finding-1-circuit",
+        "finding-1-reversion",
+        "finding-1-null",
+        "finding-1-opacity",
+        "kl",
+        "cka",
+    ]
     assert_inert(browser, page)
     assert page.read_text().count("plotly.js v") == 1
     tools = browser.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(e => e.dataset.title)")
@@ -244,7 +251,7 @@ def test_markdown_of_hostile_text_is_plain(hostile: Audit) -> None:
     assert set(re.findall(r"</?([a-z0-9]+)", rendered)) <= tags
     assert "<!--" not in rendered
     rows = rendered.split("<tbody>")[1].split("</tbody>")[0]
-    assert rows.count("<tr>") == 1 and rows.count("<td>") == 6
+    assert rows.count("<tr>") == 1 and rows.count("<td>") == 7
     assert not re.search(r"https?:/|www\.|\w@\w", summary.markdown(hostile))
     assert len(summary.markdown(hostile)) < 60_000
 
