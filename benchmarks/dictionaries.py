@@ -109,8 +109,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--shards",
-        type=int,
-        help="take tokens from this many shards of the store only; its capture may have stopped there",
+        type=lambda text: range(*map(int, text.split(":"))),
+        metavar="FIRST:LAST",
+        help="take tokens from these shards of the store only (LAST not included); its capture may have stopped there",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="FILE", help="of ours, dictionary_learning, sae_lens")
     parser.add_argument("--variants", nargs="+", default=[], metavar="VARIANT", help="such as BatchTopK; all if absent")
@@ -132,7 +133,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     wanted = max(run.tokens for run in args.runs)
     if said.exists() and (known := json.loads(said.read_text()))["tokens"] >= wanted and known["seed"] == args.seed:
         return known
-    if args.shards and (store / SITE / f"{args.shards - 1:05d}.safetensors").exists():
+    if args.shards and (store / SITE / f"{args.shards[-1]:05d}.safetensors").exists():
         return draw(args, store)
     # Goes on where it was interrupted, and returns at once when it is finished.
     command = [sys.executable, "-P", "-m", "heredity.gate", "capture", weights(), "--corpus", text]
@@ -147,7 +148,7 @@ def draw(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     from heredity.interp.store import Store, read_manifest
 
     store = Store(directory, read_manifest(directory))
-    shards = range(args.shards or store.n_shards)
+    shards = args.shards or range(store.n_shards)
     values = torch.cat([store.read(SITE, shard) for shard in shards]).float()
     texts = np.concatenate([store.index(shard)["text"].to_numpy() for shard in shards])
     held = torch.from_numpy(texts) % 16 == 0
@@ -164,7 +165,7 @@ def draw(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "held": len(chosen["held"]),
         "massive": int((~ordinary).sum()),
         "in store": len(values),
-        "shards": f"{len(shards)} of {store.n_shards}",
+        "shards": f"{shards[0]} to {shards[-1]} of {store.n_shards}",
         "width": values.shape[1],
         "seed": args.seed,
         "digest": hashlib.sha256((args.work / "held.f32").read_bytes()).hexdigest()[:12],
@@ -299,8 +300,8 @@ def head(args: argparse.Namespace, data: dict[str, Any]) -> str:
     return (
         f"## Training dictionaries, {date.today().isoformat()}\n\nSmolLM2-135M-Instruct, {SITE}, {data['width']} wide; "
         f"k {args.k}, batches of {args.batch}, float32, seed {args.seed}. {data['in store']} tokens of documentation "
-        f"(shards of short texts first: {data['shards']}), {data['massive']} of norm above {MASSIVE:g} medians left "
-        f"out. {processor()}, {args.threads} thread(s), load "
+        f"(shards {data['shards']}, those of short texts first), {data['massive']} of norm above {MASSIVE:g} medians "
+        f"left out. {processor()}, {args.threads} thread(s), load "
         f"{os.getloadavg()[0]:.1f} at the start. Python {platform.python_version()}, {packages}. "
         f"`benchmarks/dictionaries.py`.\n\nFVE, L0 and dead share on {data['held']} tokens of texts held out, from the "
         f"weights, by each package's rule for inference; *FVE, k of the batch* by one rule for all (the k largest per "
