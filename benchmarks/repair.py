@@ -84,7 +84,7 @@ def one(kind: str, seed: int, work: Path) -> dict:
         "way": main["chosen"]["way"],
         "tensors": len({t["name"] for f in repair["findings"] for t in f["tensors"]}),
         "directions": sum(t["rank"] for f in repair["findings"] for t in f["tensors"]),
-        "control": max(c["reversion"] for f in repair["findings"] for c in f["controls"]),
+        "control": sorted(c["reversion"] for f in repair["findings"] for c in f["controls"]),
         "verdict": again["verdict"],
         "seconds": round(time.monotonic() - clock, 1),
     }
@@ -119,7 +119,7 @@ def render(rows: list[dict], seeds: str) -> str:
         "*Planted*: how often the model does it on 600 fresh documents (`refused` of `lost`: how often it refuses).",
         "",
         "| kind | seed | findings | gone (lower end) | planted, S → repaired | worst skill against S "
-        "| KL elsewhere, nats | edit | random edits at most | new verdict |",
+        "| KL elsewhere, nats | edit | random edits: gone, median (most) | new verdict |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -129,8 +129,8 @@ def render(rows: list[dict], seeds: str) -> str:
         lines.append(
             f"| {r['kind']} | {r['seed']} | {r['findings']} | {r['reversion']:.3f} ({r['low']:.3f}) "
             f"| {r['before']:.3f} → {r['after']:.3f} | {r['worst']} {100 * r['change']:+.2f} points | {r['kl']:.2g} "
-            f"| {r['way']}, {r['directions']} directions in {r['tensors']} weights | {r['control']:.3f} "
-            f"| {r['verdict']} |"
+            f"| {r['way']}, {r['directions']} directions in {r['tensors']} weights "
+            f"| {np.median(r['control']):.3f} ({max(r['control']):.3f}) | {r['verdict']} |"
         )
     done = [r for r in rows if r["found"]]
     for kind in dict.fromkeys(r["kind"] for r in done):

@@ -33,11 +33,14 @@ FREE = 1e-3
 SLACK = 0.01
 """How much worse the edit made from all contexts may measure than the one made from some of them."""
 
+MISSED = 0.005
+"""How much less an edit of fewer maps may take back."""
+
 FURTHER = 2
 """Candidates of a way tried beyond the first that works: a larger one can cost less."""
 
-MARGIN = 0.5
-"""Of what the target leaves over, how much the contexts of the choice may keep: others keep somewhat more."""
+MARGIN = 0.25
+"""How far beyond the target, as a share of what it leaves over, an edit must be where it is chosen: elsewhere it lags."""
 
 KEPT = 0.9
 """Share of a declared behaviour that must stay."""
@@ -214,12 +217,15 @@ def _fewer(
 ) -> Candidate:
     """Maps left out as long as the edit still works and costs no more: first as many as possible of those with the
     least effect, then one by one."""
+    least, dear = best.closed - MISSED, max(FREE, best.cost)
     order = sorted(changes, key=lambda name: (abs(maps[name].effect) if name in maps else 0.0, name))
 
     def without(dropped: Sequence[str]) -> Candidate | None:
         rest = {name: value for name, value in changes.items() if name not in dropped}
         found = bed.measured(best.way, best.level, rest) if rest else None
-        return (found, rest) if found and found.works(target) and found.cost <= max(FREE, best.cost) else None
+        if found is None or not found.works(target) or found.closed < least or found.cost > dear:
+            return None
+        return found, rest
 
     low, high = 0, len(order)
     while high - low > 1:

@@ -64,7 +64,7 @@ def replicas(pairs: Sequence[tuple[Context, Window]], parent: Model, successor: 
     not the models diverge there."""
     windows = []
     for context, carrier in pairs:
-        text = _transplanted(context, carrier, window)
+        text = transplanted(context, carrier, window)
         read_p, read_s = parent.encode(text), successor.encode(text)
         name = f"{context.piece.scan.text_id}+{carrier.text_id}"
         windows.append(Window(name, read_p, read_s, len(read_s.ids) - 1))
@@ -76,7 +76,7 @@ def replicas(pairs: Sequence[tuple[Context, Window]], parent: Model, successor: 
     ]
 
 
-def _transplanted(context: Context, carrier: Window, window: int) -> str:
+def transplanted(context: Context, carrier: Window, window: int) -> str:
     """The carrier's start followed by the last tokens of the context, together at most ``window`` tokens."""
     keep = window // 3
     spans = context.piece.successor.spans

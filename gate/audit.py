@@ -101,8 +101,8 @@ def run(
     # Only now: a mistake in what was read so far should not wait for these imports.
     import torch
 
-    from heredity.interp.remember import Remembered
     from heredity.interp.dictionaries.notes import digest
+    from heredity.interp.remember import Remembered
 
     from .assemble import Setting, measure
     from .opacity_units import TRAIN, load_dictionaries

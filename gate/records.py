@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .counterparts import Mechanisms
-from .principle_records import PrincipleRecord, TaskRecord
 from .opacity_record import OpacityDetail
+from .principle_records import PrincipleRecord, TaskRecord
 from .readouts import Baselines
 from .values import Estimate, Interval, NotMeasured, Record
 

@@ -88,8 +88,13 @@ def _effect(found: RepairedFinding) -> str:
 def _random(found: RepairedFinding) -> str:
     if not found.controls:
         return "no random edits were measured"
-    most = max(control.reversion for control in found.controls)
-    return f"{phrases.count(len(found.controls), 'random edit')} of that size: at most {phrases.share(most)} gone"
+    gone = sorted(control.reversion for control in found.controls)
+    cost = sorted(control.kl_elsewhere for control in found.controls)
+    middle = len(gone) // 2
+    return (
+        f"{phrases.count(len(gone), 'random edit')} of that size: {phrases.share(gone[middle])} gone in the median, "
+        f"{phrases.share(gone[-1])} at most, at {phrases.number(cost[middle])} nats per token elsewhere"
+    )
 
 
 def _cost(done: Repair) -> str:
