@@ -2,9 +2,9 @@
 
 Nodes are ranked by attribution patching with the gradients at both ends (Syed et al. 2310.10348), the top of the
 ranking is measured by exchanging each node's write for that on the counterfactual prompt, and the carriers are the
-smallest set found whose joint exchange takes :data:`TARGET` of what all measured nodes take together. Nodes are ranked and carriers chosen on one
-half of the prompts; every number that is reported comes from the other. The embedding is no candidate: exchanging it
-exchanges the prompt.
+smallest set found whose joint exchange takes :data:`TARGET` of what all nodes take that take something alone. Nodes are
+ranked and carriers chosen on one half of the prompts; every number that is reported comes from the other. The embedding
+is no candidate: exchanging it exchanges the prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from .tasks.screen import values
 from .tasks.task import Task, Template
 
 TARGET = 0.85
-"""Share of what exchanging all measured nodes takes that exchanging the carriers has to take."""
+"""Share of what exchanging all supporting nodes takes that exchanging the carriers has to take."""
 PRUNED = 24
 """Carriers up to which each is tried without."""
 
@@ -74,7 +74,9 @@ def readings(plain: Mapping[str, Any]) -> Readings:
     return Readings(np.array(plain["clean"]), np.array(plain["corrupt"]), effects, np.array(plain["carried"]))
 
 
-def locate(model: Model, task: Task, *, pairs: int, measured: int, seed: int = 0) -> dict[str, Any]:
+def locate(
+    model: Model, task: Task, *, pairs: int, measured: int, searched: int | None = None, seed: int = 0
+) -> dict[str, Any]:
     """The mechanism of ``task`` in ``model``, as JSON can hold it: a function of its arguments alone.
 
     Args:
@@ -82,6 +84,7 @@ def locate(model: Model, task: Task, *, pairs: int, measured: int, seed: int = 0
         task: what it does.
         pairs: pairs in each half.
         measured: nodes measured one by one.
+        searched: pairs of the first half that are used, if not all.
         seed: of the draw of prompts.
 
     Returns:
@@ -92,10 +95,11 @@ def locate(model: Model, task: Task, *, pairs: int, measured: int, seed: int = 0
         ModelError: the architecture's parts cannot be exchanged one by one.
     """
     prepared = prepare(model, task, pairs, seed=seed)
-    candidates = ranked(model, prepared.discovery, measured)
-    carriers = _fewest(model, prepared.discovery, candidates)
+    discovery = half_of(model, task, prepared.discovery.examples[:searched])
+    candidates = ranked(model, discovery, measured)
+    carriers = _fewest(model, discovery, candidates)
     return {
-        "discovery": [example.model_dump(mode="json") for example in prepared.discovery.examples],
+        "discovery": [example.model_dump(mode="json") for example in discovery.examples],
         "testing": [example.model_dump(mode="json") for example in prepared.testing.examples],
         "carriers": carriers,
         "readings": measure(model, prepared.testing, candidates, carriers).plain(),
@@ -112,7 +116,8 @@ def same_prompts(model: Model, task: Task, examples: Sequence[Mapping[str, Any]]
 
 
 def ranked(model: Model, half: Half, count: int) -> list[str]:
-    """Names of the ``count`` heads and MLPs of largest attribution, in the order of the computation (or all)."""
+    """Names of the ``count`` heads and MLPs that support the behaviour most by attribution, in the order of the
+    computation (or all)."""
     layout = layout_of(model)
     inner = layout.sources[1:]
     if len(inner) <= count:
@@ -123,7 +128,7 @@ def ranked(model: Model, half: Half, count: int) -> list[str]:
         attribute_nodes(model, each, half.metric, fix_attention=False, drop=False).scores[1 : len(layout.sources)]
         for each in (pairs, swapped)
     ]
-    best = (ends[0] - ends[1]).abs().topk(count).indices
+    best = (ends[0] - ends[1]).topk(count).indices
     return [inner[i] for i in best.sort().values.tolist()]
 
 
@@ -142,26 +147,27 @@ def measure(model: Model, half: Half, nodes: Sequence[str], carriers: Sequence[s
 
 def _fewest(model: Model, half: Half, candidates: Sequence[str]) -> list[str]:
     """The shortest beginning of the candidates, largest effect first, that takes the target when exchanged, without
-    the nodes that are not needed for that; all where none does."""
+    the nodes that are not needed for that."""
     layout = layout_of(model)
     rows = [layout.source_index[name] for name in candidates]
     alone = patch_nodes(model, layout, half.pairs, half.metric, rows).mean(1)
     order = [rows[i] for i in alone.argsort(descending=True, stable=True).tolist()]
+    supporting = order[: max(1, int((alone > 0).sum()))]
 
     def taken(nodes: Sequence[int]) -> float:
         return float(patch_sets(model, layout, half.pairs, half.metric, [nodes]).mean())
 
     # Of what nodes can take at all: the rest goes from the embedding to the logits directly.
     clean, corrupt = values(model, half)
-    wanted = TARGET * min(taken(rows), float((clean - corrupt).mean()))
+    wanted = TARGET * min(taken(supporting), float((clean - corrupt).mean()))
     low, high = 0, 1
-    while high < len(order) and taken(order[:high]) < wanted:
+    while high < len(supporting) and taken(supporting[:high]) < wanted:
         low, high = high, high * 2
-    high = min(high, len(order))
+    high = min(high, len(supporting))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if taken(order[:middle]) >= wanted else (middle, high)
-    kept = order[:high]
+        low, high = (low, middle) if taken(supporting[:middle]) >= wanted else (middle, high)
+    kept = supporting[:high]
     for row in reversed(kept if len(kept) <= PRUNED else []):
         fewer = [other for other in kept if other != row]
         if fewer and taken(fewer) >= wanted:

@@ -1,9 +1,9 @@
 """What became of a behaviour and of the mechanism that carries it, from a parent to its successor, on the same prompts.
 
 **Behaviour.** The effect is the mean of m(x) − m(x′) over pairs; a pair is *kept* where m(x) > 0, that is, where the
-right answer leads. What a successor lost is compared with what means nothing: the largest loss of any null successor,
-and how far the parent's own effect differs between two random halves of the prompts (:attr:`Change.tolerance`). A single
-pair is *broken* where the parent keeps it, the successor does not, and the fall is larger than any pair's in any null.
+right answer leads. What a successor lost is compared with what means nothing (:attr:`Change.tolerance`): the largest
+loss of any null successor, and how far the parent's own effect differs between two random halves of the prompts. A pair
+is *broken* where the parent keeps it, the successor does not, and the fall is larger than any pair's in any null.
 
 **Mechanism.** Necessity is the share of a model's effect that goes when the parent's carriers (or their counterparts in
 the successor) are exchanged. :attr:`Change.carried` is the successor's necessity over the parent's: 1 where the same

@@ -48,7 +48,8 @@ def sentence(of: Kept) -> str:
     if of.broken:
         parts.append(f"broken on {of.broken} of {count(of.pairs, 'prompt')}")
     if isinstance(of.carried, Interval) and status != "gone":
-        parts.append(f"the parent's parts ({_listed(of.carriers)}) still carry {share(of.carried.estimate)} of it")
+        them = f"the parent's {'part' if len(of.carriers) == 1 else 'parts'} {_listed(of.carriers)}"
+        parts.append(f"{them} carry {share(of.carried.estimate)} of what they did in the parent")
     if status in ("replaced", "moved"):
         parts.append(f"now carried by {_listed(gained(of)) or 'no single part'}")
     return "; ".join(parts)

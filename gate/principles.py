@@ -19,6 +19,7 @@ from heredity.circuits.tasks.task import Task, Template
 from heredity.interp.errors import ModelError, TaskError
 from heredity.interp.model import Model
 
+from .budget import Budget
 from .policy import Intent, Policy
 from .principle_files import Asked
 from .principle_records import BrokenPrompt, MechanismNode, PrincipleRecord, TaskRecord
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 
 PAIRS = {True: 32, False: 24}
 """Pairs in each half, for small models and for others."""
-MEASURED = {True: 400, False: 16}
-"""Nodes measured one by one."""
+MEASURED = {"quick": 8, "standard": 16, "thorough": 32}
+"""Nodes measured one by one; of small models all are."""
+SEARCHED = 12
+"""Pairs on which nodes of larger models are ranked and carriers chosen."""
 NULLS = {True: 9, False: 3}
 """Null successors that read the prompts, of those that the audit has."""
 LISTED_NODES = 12
@@ -43,19 +46,22 @@ Counterpart = Callable[[str], str | None]
 _Kept = TypeVar("_Kept", PrincipleRecord, TaskRecord)
 
 
-def parent_mechanism(parent: Model, task: Task, *, small: bool, seed: int) -> dict[str, Any]:
+def parent_mechanism(parent: Model, task: Task, sizes: Budget, seed: int) -> dict[str, Any]:
     """The parent's mechanism of ``task``, as JSON can hold it: the same whatever the successor.
 
     Raises:
         TaskError: the prompts do not fit the parent.
         ModelError: its parts cannot be exchanged one by one.
     """
-    return locate(parent, task, pairs=PAIRS[small], measured=MEASURED[small], seed=seed)
+    if sizes.small:
+        return locate(parent, task, pairs=PAIRS[True], measured=sizes.measured, seed=seed)
+    return locate(parent, task, pairs=PAIRS[False], measured=MEASURED[sizes.name], searched=SEARCHED, seed=seed)
 
 
-def mechanism_key(parent: Model, task: Task, *, small: bool, seed: int) -> str:
-    """What :func:`parent_mechanism` depends on."""
-    return hashlib.sha256(json.dumps([parent.digest, task.sha256, small, seed]).encode()).hexdigest()[:24]
+def mechanism_key(parent: Model, task: Task, sizes: Budget, seed: int) -> str:
+    """What :func:`parent_mechanism` depends on, as a name for its result."""
+    parts = [parent.digest, task.sha256, sizes.name, sizes.small, seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def examine(
@@ -73,13 +79,13 @@ def examine(
         TaskError: prompts do not fit the parent.
     """
     located: list[dict[str, Any]] = []
-    small, total = s.sizes.small, len(asked.all)
+    total = len(asked.all)
     for number, task in enumerate(asked.all):
         s.progress("locating mechanisms", number, total)
-        key = mechanism_key(s.parent, task, small=small, seed=s.seed)
+        key = mechanism_key(s.parent, task, s.sizes, s.seed)
         found = s.work.step(
             f"mechanism-{key}",
-            lambda task=task: _or_error(lambda: parent_mechanism(s.parent, task, small=small, seed=s.seed), ModelError),
+            lambda task=task: _or_error(lambda: parent_mechanism(s.parent, task, s.sizes, s.seed), ModelError),
         )
         located.append(found | {"key": key})
     s.progress("locating mechanisms", total, total)
