@@ -120,7 +120,7 @@ def emergence(
         seed: of the bootstrap.
     """
     (own, final), (standing, _) = _both(model, other, prompts.tokens)
-    bench = _Bench(model, other, prompts)
+    bench = Bench(model, other, prompts)
 
     def deviation(donor: Donor, mean: dict[Node, Tensor]) -> StandIn:
         def of(node: Node) -> Tensor:
@@ -180,7 +180,7 @@ def _interval(draws: np.ndarray) -> Interval:
 # --- interventions ---
 
 
-class _Bench:
+class Bench:
     """A model at the contexts of a behaviour, one node of it exchanged at a time."""
 
     def __init__(self, model: Model, other: Model, prompts: Prompts) -> None:

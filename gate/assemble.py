@@ -232,13 +232,13 @@ def _behaviours(
     quiet = _quiet_texts(scanned, clusters)
     pool = sorted({token for item in items[:200] for token in item.successor.ids})
     means: list[Donor] = []
-    counterparts = Counterparts(s, items, quiet)
 
     def donor() -> Donor:
         if not means:
             means.append(_means(s.successor, items, s.sizes))
         return means[0]
 
+    counterparts = Counterparts(s, items, quiet, donor)
     out: list[Behaviour] = []
     analysed = 0
     for number, found in enumerate(clusters):

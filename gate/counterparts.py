@@ -19,6 +19,16 @@ class Held(Record):
     """Share of that effect that stays when the counterpart stands in: 1 all of it, 0 nothing."""
 
 
+class Stitching(Record):
+    """How well what one model's nodes write is foretold from the other's stream, on text without the behaviour."""
+
+    r2: float
+    """Share of the variance of all nodes' writes that is foretold."""
+    ordinary: Estimate
+    """Share of the nodes' effect on the model's own next tokens that the prediction keeps: what ``inherited`` would be
+    if everything were inherited."""
+
+
 class Mechanisms(Record):
     """The circuits of what either model says at the contexts of a behaviour, matched, moved and taken out."""
 
@@ -42,3 +52,5 @@ class Mechanisms(Record):
     """KL(S‖S with the circuit reverted), nats per token of text without the behaviour."""
     side_effect_controls: tuple[float, ...]
     """The same with random nodes, as many of each kind."""
+    stitches: tuple[Stitching, ...]
+    """Between models whose parameters do not correspond: of the successor's nodes, and of the parent's. Else empty."""

@@ -1,6 +1,6 @@
 """The stage that compares the two models' circuits of a behaviour: from interventions to records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -9,16 +9,18 @@ from torch import Tensor
 
 from heredity.circuits.attribution import prompts_of
 from heredity.circuits.behaviours import Cluster
-from heredity.circuits.components import Node, nodes_of
+from heredity.circuits.components import Donor, Node, nodes_of
 from heredity.circuits.divergence import Window
-from heredity.circuits.inheritance import Emergence, Means, emergence, exchanged, mean_writes
+from heredity.circuits.inheritance import OUTER, Emergence, Means, emergence, exchanged, mean_writes
 from heredity.circuits.intervals import Interval as Measured
+from heredity.circuits.matching import Matching, by_identity, match_nodes
 from heredity.circuits.reversion import matched
+from heredity.circuits.stitch import Stitch, emergence_across, fit, ordinary
 from heredity.circuits.transplant import parents_values, side_effects, transplant
 from heredity.interp.capture import batches
-from heredity.interp.model import Encoded, pad
+from heredity.interp.model import Encoded, Model, pad
 
-from .counterparts import Held, Mechanisms
+from .counterparts import Held, Mechanisms, Stitching
 from .describe import for_circuit
 from .records import Circuit
 from .values import Estimate, Interval, NotMeasured, tidy
@@ -34,7 +36,14 @@ CONTROLS = 9
 """Random sets beside the transplant and the side effects (on large models a third)."""
 CONTEXTS, NODES = 4, 8
 """Contexts and nodes on large models, at the quick budget; small ones measure all."""
+STITCH_TOKENS, LEAST_TOKENS = 6000, 500
+"""Of text without the behaviour that a stitch is fitted on, and below which none is."""
+LEAST_FORETOLD = 0.5
+"""A stitch must keep this much of what nodes do on ordinary text, lower end, before it says that something is new."""
 
+UNFORETOLD = (
+    "a linear map from the other model's stream does not keep half of what the parts do on ordinary text either"
+)
 NOTHING_NEW = NotMeasured(reason="no part does anything here that the other model's would not do in its place")
 NO_EFFECT = NotMeasured(reason="its effect was not measured, or cannot be told from none")
 QUIETLESS = NotMeasured(reason="no text without any behaviour was read")
@@ -43,17 +52,17 @@ QUIETLESS = NotMeasured(reason="no text without any behaviour was read")
 class Counterparts:
     """What the behaviours of one audit share: means over ordinary text, and quiet texts."""
 
-    def __init__(self, setting: "Setting", items: Sequence[Window], quiet: Sequence[str]) -> None:
-        self.s, self.items, self.quiet = setting, items, quiet
+    def __init__(
+        self, setting: "Setting", items: Sequence[Window], quiet: Sequence[str], means: Callable[[], Donor]
+    ) -> None:
+        self.s, self.items, self.quiet, self.means = setting, items, quiet, means
         self.level = max(1, setting.sizes.behaviours // 4)
 
     def of(self, found: Cluster, circuit: Circuit | NotMeasured) -> Mechanisms | NotMeasured:
         """Everything about the two circuits of a behaviour whose circuit in the successor was looked for."""
         if isinstance(circuit, NotMeasured):
             return circuit
-        if not self.s.same_parameters:
-            return NotMeasured(reason="the models' parts do not correspond one to one")
-        return self._by_identity(found, circuit)
+        return self._by_identity(found, circuit) if self.s.same_parameters else self._by_function(found, circuit)
 
     def _by_identity(self, found: Cluster, circuit: Circuit) -> Mechanisms:
         parent, successor, sizes, seed = self.s.parent, self.s.successor, self.s.sizes, self.s.seed
@@ -79,8 +88,8 @@ class Counterparts:
         n = len(prompts.last)
         return Mechanisms(
             way="identity",
-            successor=_held(new, n),
-            parent=_held(gone, n),
+            successor=_held(new, n, by_identity(successor)),
+            parent=_held(gone, n, by_identity(parent)),
             emergent=_estimate(new.share, n, "successor"),
             lost=_estimate(gone.share, n, "parent"),
             transplanted=tuple(map(str, moved)),
@@ -88,7 +97,78 @@ class Counterparts:
             transplant_controls=tuple(map(tidy, given.controls)) if given else (),
             side_effects=_interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
             side_effect_controls=tuple(map(tidy, cost.controls)) if cost else (),
+            stitches=(),
         )
+
+    def _by_function(self, found: Cluster, circuit: Circuit) -> Mechanisms | NotMeasured:
+        successor, sizes, seed = self.s.successor, self.s.sizes, self.s.seed
+        if not self._stitches:
+            return NotMeasured(reason="too little text without any behaviour to fit a stitch between the models on")
+        contexts = for_circuit(found, sizes)
+        prompts = prompts_of(contexts if sizes.small else contexts[: CONTEXTS * self.level])
+        n = len(prompts.last)
+        sides = []
+        for who, (model, other, stitch, quality), at, matching in zip(
+            ("successor", "parent"),
+            self._stitches,
+            (prompts, exchanged(prompts)),
+            (self._matching, self._matching.exchanged()),
+            strict=True,
+        ):
+            measured = emergence_across(model, other, at, stitch, seed)
+            share = _estimate(measured.share, n, who)
+            if isinstance(quality.ordinary, NotMeasured) or quality.ordinary.low < LEAST_FORETOLD:
+                share = NotMeasured(reason=UNFORETOLD)
+            sides.append((measured, share, matching))
+        (new, emergent, matching), (gone, lost, turned) = sides
+        quiet, cost = self._quiet, None
+        every = {str(node): node for node in nodes_of(successor)}
+        selected = [every[name] for name in circuit.selected]
+        if quiet and selected:
+            rng = np.random.default_rng(seed)
+            inner = [node for node in every.values() if node.kind in ("head", "mlp")]
+            sets = [matched(selected, inner, rng) for _ in range(CONTROLS if sizes.small else CONTROLS // 3)]
+            cost = side_effects(successor, quiet, [self.means()] * len(quiet), selected, sets, seed)
+        return Mechanisms(
+            way="function",
+            successor=_held(new, n, matching, trusted=isinstance(emergent, Interval)),
+            parent=_held(gone, n, turned, trusted=isinstance(lost, Interval)),
+            emergent=emergent,
+            lost=lost,
+            transplanted=(),
+            transplant=NotMeasured(reason="no node of one architecture runs inside another"),
+            transplant_controls=(),
+            side_effects=_interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
+            side_effect_controls=tuple(map(tidy, cost.controls)) if cost else (),
+            stitches=tuple(quality for _, _, _, quality in self._stitches),
+        )
+
+    @cached_property
+    def _stitches(self) -> tuple[tuple[Model, Model, Stitch, Stitching], ...]:
+        """Of the successor's nodes from the parent's stream, and the other way; fitted where nothing is new."""
+        s = self.s
+        few, tokens = [], 0
+        for text in self.quiet:
+            few.append(s.successor.encode(text))
+            tokens += len(few[-1].ids)
+            if tokens >= STITCH_TOKENS:
+                break
+        if tokens < LEAST_TOKENS:
+            return ()
+        texts = _in_order(few, s.sizes.batch_tokens)
+        out = []
+        for model, other in ((s.successor, s.parent), (s.parent, s.successor)):
+            nodes = [node for node in nodes_of(model) if node.kind in ("head", "mlp")]
+            stitch = fit(model, other, texts, nodes)
+            at = ordinary(model, texts[-max(1, len(texts) // 5) :], s.seed)
+            kept = emergence_across(model, other, at, stitch, s.seed)
+            share = _turned(_estimate(kept.share, len(at.last), "model"))
+            out.append((model, other, stitch, Stitching(r2=tidy(stitch.r2), ordinary=share)))
+        return tuple(out)
+
+    @cached_property
+    def _matching(self) -> Matching:
+        return match_nodes(self.s.parent, self.s.successor, self.quiet)
 
     def _measured(self, circuit: Circuit, every: dict[str, Node]) -> list[Node]:
         """All nodes of a small model; else the circuit's, those ranked next, and both ends of the model."""
@@ -125,12 +205,15 @@ def shares(found: Mechanisms | NotMeasured) -> dict[str, Estimate]:
     """The fields ``inherited``, ``lost`` and ``emergent`` of a behaviour."""
     if isinstance(found, NotMeasured):
         return {"inherited": found, "lost": found, "emergent": found}
-    new = found.emergent
-    kept = new
-    if isinstance(new, Interval):
-        turned = {"estimate": 1 - new.estimate, "low": 1 - new.high, "high": 1 - new.low}
-        kept = new.model_copy(update={name: tidy(value) for name, value in turned.items()})
-    return {"inherited": kept, "lost": found.lost, "emergent": new}
+    return {"inherited": _turned(found.emergent), "lost": found.lost, "emergent": found.emergent}
+
+
+def _turned(share: Interval | NotMeasured) -> Interval | NotMeasured:
+    """One minus a share."""
+    if isinstance(share, NotMeasured):
+        return share
+    turned = {"estimate": 1 - share.estimate, "low": 1 - share.high, "high": 1 - share.low}
+    return share.model_copy(update={name: tidy(value) for name, value in turned.items()})
 
 
 def with_inherited(circuit: Circuit | NotMeasured, found: Mechanisms | NotMeasured) -> Circuit | NotMeasured:
@@ -147,20 +230,30 @@ def _padded(texts: Sequence[Encoded], most: int) -> list[tuple[Tensor, Tensor]]:
     return [pad([texts[i].ids for i in group]) for group in batches(texts, most)]
 
 
-def _held(found: Emergence, n: int) -> tuple[Held, ...]:
+def _in_order(texts: Sequence[Encoded], most: int) -> list[tuple[Tensor, Tensor]]:
+    """As :func:`_padded`, without sorting by length: the last are no other kind of text than the first."""
+    each = max(1, most // max(len(text.ids) for text in texts))
+    return [pad([text.ids for text in texts[i : i + each]]) for i in range(0, len(texts), each)]
+
+
+def _held(found: Emergence, n: int, matching: Matching, *, trusted: bool = True) -> tuple[Held, ...]:
     inside = [each for each in found.nodes if each.inherited is not None]
     inside.sort(key=lambda each: (-each.effect.estimate, each.node))
-    return tuple(
-        Held(
-            id=str(each.node),
-            counterpart=str(each.node),
-            similarity=None,
-            effect=_interval(each.effect, n),
-            inherited=_interval(each.inherited, n),
+    out = []
+    for each in inside:
+        assert each.inherited is not None
+        match = matching.in_parent(str(each.node))
+        outer = matching.way == "identity" and each.node.kind in OUTER
+        out.append(
+            Held(
+                id=str(each.node),
+                counterpart=str(each.node) if outer else match.parent if match else None,
+                similarity=tidy(match.similarity) if match and matching.way != "identity" else None,
+                effect=_interval(each.effect, n),
+                inherited=_interval(each.inherited, n) if trusted else NotMeasured(reason=UNFORETOLD),
+            )
         )
-        for each in inside
-        if each.inherited is not None
-    )
+    return tuple(out)
 
 
 def _estimate(share: Measured | None, n: int, model: str) -> Interval | NotMeasured:

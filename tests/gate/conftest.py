@@ -158,6 +158,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         transplant_controls=(0.01, -0.03, 0.2),
         side_effects=interval(0.0021, 0.0004, n=8),
         side_effect_controls=(0.004, 0.011, 0.0009),
+        stitches=(),
     )
 
     def behaviour(name: str, title: str, **changed: Any) -> r.Behaviour:
