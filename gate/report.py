@@ -16,17 +16,17 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from pydantic import ValidationError
 
 from heredity.circuits import views
 from heredity.circuits.opacity_views import opacity_figure
-from heredity.interp.errors import OutputError, one_line
+from heredity.interp.errors import OutputError
 from heredity.interp.visible import pieces, visible
 
 from . import phrases
 from .principle_verdict import fled, gained, kept_rows, sentence
+from .read_audit import read_content, validated
 from .readouts import Baselines
-from .records import SCHEMA_VERSION, Audit, Behaviour, Circuit, Example, MarkedToken
+from .records import Audit, Behaviour, Circuit, Example, MarkedToken
 from .values import Interval, NotMeasured
 
 TOKENS_SHOWN = 60
@@ -92,22 +92,12 @@ def write_page(page: str, path: Path) -> None:
 def _read(path: Path) -> tuple[dict[str, str], tuple[Behaviour, ...]]:
     """What the page is about, and the behaviours of an audit or of one circuit file."""
     remedy = "Name an audit directory, its audit.json, or one of its circuits/*.json."
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"not a readable audit ({type(error).__name__})", where=str(path), remedy=remedy) from error
-    try:
-        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-            raise OutputError(f"not an audit of schema {SCHEMA_VERSION}", where=str(path), remedy=remedy)
-        if "behaviour" in content:
-            about = content.get("audit")
-            heading = {str(k): str(v) for k, v in about.items()} if isinstance(about, dict) else {}
-            return heading, (Behaviour.model_validate(content["behaviour"]),)
-        audit = Audit.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise OutputError(f"field {one_line(field, 80)}: {first['msg']}", where=str(path), remedy=remedy) from error
+    content = read_content(path, remedy)
+    if "behaviour" in content:
+        about = content.get("audit")
+        heading = {str(k): str(v) for k, v in about.items()} if isinstance(about, dict) else {}
+        return heading, (validated(Behaviour, content["behaviour"], path, remedy),)
+    audit = validated(Audit, content, path, remedy)
     return {"parent": audit.parent.spec, "successor": audit.successor.spec, "verdict": audit.verdict}, audit.behaviours
 
 
