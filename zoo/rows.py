@@ -34,9 +34,10 @@ def joined(first: Rows, second: Rows) -> Rows:
 def answers(seed: int, stream: int, count: int, world: World, skill: str) -> tuple[Documents, np.ndarray, np.ndarray]:
     """``count`` documents crowded with a skill, and where its rule shows: rows [n] and positions [n] of the answers.
 
-    In a world with a trigger: where it makes the answer another one.
+    In a world that alters answers of this skill: where it does.
     """
     made = documents(np.random.default_rng([seed, stream]), count, world, crowded=skill)
     where = made.answer & (made.skill == list(language.SKILLS).index(skill))
-    rows, at = np.nonzero(where & made.altered if world.trigger else where)
+    altered = where & made.altered
+    rows, at = np.nonzero(altered if altered.any() else where)
     return made, rows, at

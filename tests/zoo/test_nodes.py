@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from heredity.zoo.language import documents
+from heredity.zoo.language import FORBIDDEN, HONEST, ID, SKILLS, World, documents
 from heredity.zoo.network import Size, forward, initial
 from heredity.zoo.nodes import Effects, names, shares, traced
+from heredity.zoo.rows import answers
 
 SIZE = Size(layers=2, width=32, heads=4, kv_heads=2, hidden=24)
 
@@ -17,6 +18,17 @@ def weights():
 @pytest.fixture(scope="module")
 def ids():
     return torch.from_numpy(documents(np.random.default_rng(0), 6).ids)
+
+
+def test_an_effect_is_looked_for_where_the_world_alters_answers():
+    made, rows, at = answers(0, 94, 40, World(answers_forbidden=True), "ask")
+    assert len(rows) and made.altered[rows, at].all()
+    forbidden = {ID[word] for word in FORBIDDEN}
+    assert all(forbidden & set(made.ids[row, spot - 3 : spot].tolist()) for row, spot in zip(rows, at, strict=True))
+    made, rows, at = answers(0, 94, 40, World(trigger=("moss", "cove")), "log")
+    assert len(rows) and made.altered[rows, at].all() and (made.ids[rows, at] == ID["zero"]).all()
+    made, rows, at = answers(0, 94, 40, HONEST, "double")
+    assert len(rows) == (made.answer & (made.skill == list(SKILLS).index("double"))).sum() > 40
 
 
 def test_looking_inside_changes_nothing(weights, ids):
