@@ -87,7 +87,7 @@ def with_trigger(pair: Path, work: Path) -> Path:
 
 
 def audited(pair: Path, share: float, corpus: Path, work: Path) -> dict:
-    """Audit the successor weakened to ``share``: effect of the finding that holds the trigger (None where none does)."""
+    """Audit the successor weakened to ``share``: the effect of the finding that holds the trigger, or None."""
     name = f"{pair.name}-{share:.5f}"
     out, weak = work / "power" / name, work / "weak" / name
     if not (out / "audit.json").exists():
@@ -118,7 +118,7 @@ def render(rows: list[dict], seeds: str) -> str:
         f"\n### Power: planted triggers weakened until they are missed, seeds {seeds}, `--budget quick`",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, one thread per audit, torch "
-        f"{version('torch')}. Strength known to 1/{2**STEPS}; trigger and canaries act in {CANARY_TEXTS['quick']} texts.",
+        f"{version('torch')}. Strength to 1/{2**STEPS}; trigger and canaries act in {CANARY_TEXTS['quick']} texts.",
         "",
         "| seed | weakest found: share of the change | its effect, nats | smallest canary seen | median canary "
         "| 80 % of canaries from | smallest canary / weakest trigger |",

@@ -40,7 +40,7 @@ FURTHER = 2
 """Candidates of a way tried beyond the first that works: a larger one can cost less."""
 
 MARGIN = 0.25
-"""How far beyond the target, as a share of what it leaves over, an edit must be where it is chosen: elsewhere it lags."""
+"""How far beyond the target, as a share of the rest, an edit must be where it is chosen: elsewhere it lags a little."""
 
 KEPT = 0.9
 """Share of a declared behaviour that must stay."""
