@@ -121,7 +121,7 @@ def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
         remembered, successor, items, sizes, s.work, s.same_parameters, s.progress
     )
     null = _null(s, items, scanned["corpus"])
-    principles, tasks = examine(s, asked, null, (lambda name: name) if s.same_parameters else None)
+    principles, tasks = examine(s, asked, null, [item.parent.text for item in items])
     pieces = [piece for source in ORDER for piece in scanned[source].pieces]
     fewest = s.rules.policy.fewest_contexts
     clusters = stages.behaviours_in(parent, successor, pieces, items, sizes, fewest, seed)

@@ -3,20 +3,24 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 
 from heredity.circuits.intervals import Interval as Raw
 from heredity.circuits.layout import layout_of
+from heredity.circuits.matching import match_nodes
 from heredity.circuits.mechanism import Readings, locate, measure, ranked, readings, same_prompts
 from heredity.circuits.mechanism_change import Change, NodeChange, Resampled, compare, wilson
 from heredity.circuits.null import NullSuccessors
 from heredity.circuits.tasks.prepare import half_of
 from heredity.circuits.tasks.screen import values
 from heredity.circuits.tasks.task import Task, Template
-from heredity.interp.errors import ModelError, TaskError
+from heredity.interp.errors import ModelError, OutputError, TaskError
 from heredity.interp.model import Model
 
 from .budget import Budget
@@ -24,6 +28,7 @@ from .policy import Intent, Policy
 from .principle_files import Asked
 from .principle_records import BrokenPrompt, MechanismNode, PrincipleRecord, TaskRecord
 from .values import Estimate, Interval, NotMeasured, tidy
+from .work import write_atomically
 
 if TYPE_CHECKING:
     from .assemble import Setting
@@ -37,6 +42,9 @@ SEARCHED = 12
 """Pairs on which nodes of larger models are ranked and carriers chosen."""
 NULLS = {True: 9, False: 3}
 """Null successors that read the prompts, of those that the audit has."""
+LIBRARIES = ("heredity", "torch", "transformers", "transformer-lens", "numpy")
+CODE = 1
+"""Raised whenever a change of the code changes what is found in a parent."""
 LISTED_NODES = 12
 LISTED_PROMPTS = 3
 
@@ -60,12 +68,29 @@ def parent_mechanism(parent: Model, task: Task, sizes: Budget, seed: int) -> dic
 
 def mechanism_key(parent: Model, task: Task, sizes: Budget, seed: int) -> str:
     """What :func:`parent_mechanism` depends on, as a name for its result."""
-    parts = [parent.digest, task.sha256, sizes.name, sizes.small, seed]
+    machine = [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), *map(version, LIBRARIES)]
+    parts = [CODE, machine, parent.digest, task.sha256, sizes.name, sizes.small, seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
+def correspondence(s: "Setting", texts: Sequence[str]) -> Counterpart | None:
+    """How heads and MLPs of the two models correspond: by identity, or where they differ in shape by what they do on
+    ``texts``; None where too little of it can be aligned."""
+    if s.same_parameters:
+        return lambda name: name
+
+    def compute() -> dict[str, Any]:
+        try:
+            return {match.parent: match.successor for match in match_nodes(s.parent, s.successor, texts).matches}
+        except ValueError as error:
+            return {"error": str(error)}
+
+    found = s.work.step("counterparts", compute)
+    return None if "error" in found else found.get
+
+
 def examine(
-    s: "Setting", asked: Asked, null: "Null", counterpart: Counterpart | None
+    s: "Setting", asked: Asked, null: "Null", texts: Sequence[str]
 ) -> tuple[tuple[PrincipleRecord, ...], tuple[TaskRecord, ...]]:
     """Records of all principles and tasks.
 
@@ -73,23 +98,27 @@ def examine(
         s: the setting of the audit.
         asked: what to look at.
         null: whose scale and draws the null successors here have.
-        counterpart: how nodes of the two models correspond; None where that is not known.
+        texts: ordinary text, by which parts of models of different shapes are matched.
 
     Raises:
         TaskError: prompts do not fit the parent.
     """
+    if not asked.all:
+        return (), ()
     located: list[dict[str, Any]] = []
     total = len(asked.all)
     for number, task in enumerate(asked.all):
         s.progress("locating mechanisms", number, total)
         key = mechanism_key(s.parent, task, s.sizes, s.seed)
-        found = s.work.step(
-            f"mechanism-{key}",
-            lambda task=task: _or_error(lambda: parent_mechanism(s.parent, task, s.sizes, s.seed), ModelError),
-        )
+
+        def compute(task: Task = task) -> dict[str, Any]:
+            return _or_error(lambda: parent_mechanism(s.parent, task, s.sizes, s.seed), ModelError)
+
+        found = s.work.step(f"mechanism-{key}", lambda key=key, compute=compute: _kept(s, key, compute))
         located.append(found | {"key": key})
     s.progress("locating mechanisms", total, total)
     nulls = _nulls(s, asked.all, located, null)
+    counterpart = correspondence(s, texts)
     looked = [
         _look(s, task, found, own, counterpart) for task, found, own in zip(asked.all, located, nulls, strict=True)
     ]
@@ -158,7 +187,7 @@ def _nulls(
 ) -> list[list[np.ndarray]]:
     """Per task, the metric of every null successor on the parent's prompts, [2, N] each."""
     out: list[list[np.ndarray]] = [[] for _ in tasks]
-    if not null.scale or not tasks:
+    if not null.scale or null.kind == "benign":
         return out
     noise = null.kind == "noise"
     makers: list[NullSuccessors] = []
@@ -178,6 +207,24 @@ def _nulls(
                 own.append(np.array(value))
     s.progress("null successors on the prompts", draws, draws)
     return out
+
+
+def _kept(s: "Setting", key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is found in the parent, kept for other candidates where the audit keeps its parent's work."""
+    folder = s.remembered.folder
+    if folder is None:
+        return compute()
+    path = folder / f"mechanism-{key}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and ("error" in found or found.keys() >= {"testing", "readings", "carriers"}):
+            return found
+    except (OSError, ValueError):
+        pass
+    found = compute()
+    with suppress(OutputError):  # a folder that cannot be written costs time on the next run, nothing else
+        write_atomically(path, json.dumps(found))
+    return found
 
 
 def _values(model: Model, parent: Model, task: Task, found: Mapping[str, Any]) -> Any:
