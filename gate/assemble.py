@@ -24,8 +24,10 @@ from .baselines import baselines
 from .benign_null import benign_null
 from .budget import Budget
 from .counterparts import Mechanisms
+from .latents import with_latents
 from .mechanisms import Counterparts, shares, with_inherited
 from .opacity import with_opacity
+from .opacity_plan import Plan
 from .policy import Loaded
 from .power import power
 from .principle_files import Asked
@@ -127,7 +129,9 @@ def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
     clusters = stages.behaviours_in(parent, successor, pieces, items, sizes, fewest, seed)
     clusters.sort(key=lambda c: -c.effect * len(c.contexts))
     clusters = [c for c in clusters if len(c.contexts) > 1 or c.effect >= stages.REPLICATE_NATS][:LISTED]
-    behaviours = with_opacity(s, clusters, _behaviours(s, clusters, items, scanned, null), items)
+    behaviours = _behaviours(s, clusters, items, scanned, null)
+    plan = Plan(s, clusters, behaviours, items)
+    behaviours = with_latents(plan, with_opacity(plan), null)
     kl = scanned["corpus"].kl
     inside = sum(_mass(c, "corpus") for c in clusters)
     return Measured(
@@ -331,6 +335,7 @@ def _behaviour(
         **shares(compared),
         opacity=OPACITY,
         opacity_detail=OPACITY,
+        latents=OPACITY,
         successor_tokens=describe.changes(found, s.successor, of_successor=True),
         parent_tokens=describe.changes(found, s.parent, of_successor=False),
         trigger_tokens=describe.trigger_tokens(examples),

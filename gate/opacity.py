@@ -6,7 +6,6 @@ seen a prompt, and are shared by all behaviours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +13,9 @@ from pydantic import TypeAdapter
 
 from heredity.circuits import intervals
 from heredity.circuits.attribution import Prompts
-from heredity.circuits.behaviours import Cluster
-from heredity.circuits.divergence import Window
-from heredity.circuits.opacity import alike, contrast_of_models, measure, without_trigger
+from heredity.circuits.opacity import alike, contrast_of_models, measure
 from heredity.circuits.opacity_estimate import FEWEST, Buckets, Opacity, Refused
 from heredity.circuits.opacity_labels import redrawn
-from heredity.circuits.opacity_prompts import HeldOut, episodes_of, held_out, text_of
 from heredity.circuits.opacity_reasons import Reasons, linear_errors, reasons_of
 from heredity.circuits.opacity_sizes import Ranking, rank_units
 from heredity.circuits.opacity_split import Split, whole_model
@@ -27,19 +23,16 @@ from heredity.circuits.opacity_units import Pool, UnitId, carried, strongest
 from heredity.interp.errors import ModelError
 from heredity.interp.explain.contexts import Contexts
 from heredity.interp.explain.record import Explanation
-from heredity.interp.model import Encoded
 
+from .opacity_plan import Plan
 from .opacity_record import Label, OpacityDetail, Reason, Routing, SiteOpacity
 from .opacity_units import Makers, effort, in_words, unit_name
-from .records import Behaviour, Circuit
+from .records import Behaviour
 from .values import Interval, NotMeasured, tidy
-from .verdict import beyond_null, material
 
 if TYPE_CHECKING:
-    from .assemble import Setting
+    pass
 
-FEWEST_TEXTS, FEWEST_TOKENS = 40, 2_000
-"""Text to explain on that has to be left beside the prompts."""
 DRAWS = 3
 """Of q from its uncertainty, for the intervals."""
 LABELS = 8
@@ -47,32 +40,17 @@ LABELS = 8
 LINEAR_TEXTS = 64
 """Texts that the linear part of errors is fitted on."""
 
-TOO_LARGE = (
-    "a quick audit of models of this size does not explain their parts; --budget standard does, at the layers that "
-    "the circuit runs through"
-)
 
-
-def with_opacity(
-    s: "Setting", clusters: Sequence[Cluster], behaviours: Sequence[Behaviour], items: Sequence[Window]
-) -> tuple[Behaviour, ...]:
-    """``behaviours`` with the opacity of those whose circuit was traced, findings first.
-
-    Args:
-        s: the audit.
-        clusters: the contexts of each behaviour.
-        behaviours: the records so far.
-        items: the windows of the corpus.
-    """
-    plan = _Plan(s, clusters, behaviours, items)
-    found: dict[int, tuple[Interval, OpacityDetail] | NotMeasured] = {}
+def with_opacity(plan: Plan) -> tuple[Behaviour, ...]:
+    """The behaviours of ``plan`` with the opacity of those whose circuit was traced, findings first."""
+    every, found = _Opacities(plan), {}
     for i, number in enumerate(plan.chosen):
-        s.progress("measuring opacity", i, len(plan.chosen))
-        found[number] = plan.measured(number)
+        plan.s.progress("measuring opacity", i, len(plan.chosen))
+        found[number] = every.measured(number)
     if plan.chosen:
-        s.progress("measuring opacity", len(plan.chosen), len(plan.chosen))
+        plan.s.progress("measuring opacity", len(plan.chosen), len(plan.chosen))
     out = []
-    for number, behaviour in enumerate(behaviours):
+    for number, behaviour in enumerate(plan.behaviours):
         it = found.get(number) or NotMeasured(reason=plan.why_not(behaviour))
         share, detail = (it, it) if isinstance(it, NotMeasured) else it
         out.append(behaviour.model_copy(update={"opacity": share, "opacity_detail": detail}))
@@ -80,74 +58,22 @@ def with_opacity(
 
 
 @dataclass
-class _Plan:
-    s: "Setting"
-    clusters: Sequence[Cluster]
-    behaviours: Sequence[Behaviour]
-    items: Sequence[Window]
+class _Opacities:
+    plan: Plan
     known: list[dict[UnitId, Explanation]] = field(default_factory=list)
     """Of each set of units, also from steps of an interrupted audit."""
     pools: dict[int, Pool] = field(default_factory=dict)
 
-    @cached_property
-    def chosen(self) -> list[int]:
-        """Behaviours measured, findings first."""
-        if not self._possible:
-            return []
-        policy = self.s.rules.policy
-        traced = [i for i, b in enumerate(self.behaviours) if isinstance(b.circuit, Circuit)]
-        traced.sort(
-            key=lambda i: not (material(self.behaviours[i], policy) and beyond_null(self.behaviours[i], policy))
-        )
-        return traced[: effort(self.s).behaviours]
-
-    @property
-    def _possible(self) -> bool:
-        return self.s.same_tokens and (self.s.sizes.small or self.s.sizes.name != "quick")
-
-    def why_not(self, behaviour: Behaviour) -> str:
-        """Why a behaviour that is not among the chosen was not measured."""
-        if isinstance(behaviour.circuit, NotMeasured):
-            return f"its circuit was not traced: {behaviour.circuit.reason}"
-        if not self._possible:
-            return TOO_LARGE
-        return f"only {effort(self.s).behaviours} behaviours are measured at this budget"
-
-    @cached_property
-    def held(self) -> dict[int, HeldOut]:
-        """Prompts of each behaviour that is measured."""
-        s = self.s
-        return {
-            i: held_out(self.clusters[i], s.parent, s.successor, self.items, window=s.sizes.window, seed=s.seed)
-            for i in self.chosen
-        }
-
-    @cached_property
-    def texts(self) -> tuple[Encoded, ...]:
-        """Windows of the corpus that share no text with any prompt."""
-        taken = {name for held in self.held.values() for name in held.texts}
-        kept = [w.successor for w in self.items if text_of("corpus", w.text_id) not in taken]
-        return tuple({text.ids: text for text in kept}.values())
-
-    @cached_property
-    def makers(self) -> Makers:
-        """How the units are made."""
-        if self.s.sizes.small:
-            layers = list(range(self.s.successor.shape.n_layers))
-        else:
-            layers = sorted(_layers([self.behaviours[i] for i in self.chosen])[: effort(self.s).layers])
-        return Makers(self.s, Contexts(self.texts), layers)
-
     def pool(self, seed: int) -> Pool:
         """The units of one seed, with what is known of them."""
         if seed not in self.pools:
-            self.pools[seed] = self.makers.pool(seed)
+            self.pools[seed] = self.plan.makers.pool(seed)
         self.pools[seed].known |= self.known[seed]
         return self.pools[seed]
 
     def measured(self, number: int) -> tuple[Interval, OpacityDetail] | NotMeasured:
         """One behaviour."""
-        n_seeds = Makers(self.s, Contexts(()), ()).seeds
+        n_seeds = Makers(self.plan.s, Contexts(()), ()).seeds
         self.known += [{} for _ in range(n_seeds - len(self.known))]
 
         def compute() -> Any:
@@ -159,7 +85,7 @@ class _Plan:
                 ],
             }
 
-        result = self.s.work.step(f"opacity-{number:03d}", compute)
+        result = self.plan.s.work.step(f"opacity-{number:03d}", compute)
         for seed, some in enumerate(result["explained"]):
             self.known[seed] |= {(part, unit): Explanation.model_validate(raw) for part, unit, raw in some}
         if len(result["found"]) == 1:
@@ -168,32 +94,21 @@ class _Plan:
         return Interval.model_validate(share), TypeAdapter(OpacityDetail).validate_python(detail)
 
 
-def _layers(behaviours: Sequence[Behaviour]) -> list[int]:
-    """Layers of the nodes that circuits selected, those with the largest attributions first."""
-    found: dict[int, float] = {}
-    for behaviour in behaviours:
-        if isinstance(behaviour.circuit, Circuit):
-            for node in behaviour.circuit.nodes:
-                if node.selected and "@" in node.id:
-                    found[node.layer] = found.get(node.layer, 0.0) + abs(node.attribution)
-    return sorted(found, key=lambda layer: (-found[layer], layer))
-
-
 class _Measurement:
     """The opacity of one behaviour."""
 
-    def __init__(self, plan: _Plan, number: int) -> None:
-        self.plan, self.s = plan, plan.s
-        self.behaviour, self.held = plan.behaviours[number], plan.held[number]
+    def __init__(self, every: _Opacities, number: int) -> None:
+        self.number, self.every, self.plan, self.s = number, every, every.plan, every.plan.s
+        self.behaviour, self.held = self.plan.behaviours[number], self.plan.held[number]
         self.heads = alike(self.s.parent, self.s.successor)
         self.new: list[dict[UnitId, Explanation]] = []
 
     def run(self, seeds: int) -> tuple[list[NotMeasured] | list[Interval | OpacityDetail], list[Any]]:
         """The share and its detail, or why there is none; and what was explained for it, by seed."""
-        reason = self._lacking()
+        reason = self.plan.lacking(self.number)
         if reason:
             return [NotMeasured(reason=reason)], self.new
-        prompts, places, counterfactual = self._prompts()
+        prompts, places, counterfactual = self.plan.prompts(self.number)
         if len(prompts.last) < FEWEST:
             few = f"tokens it depends on are known in {len(prompts.last)} contexts; a share needs {FEWEST}"
             return [NotMeasured(reason=few)], self.new
@@ -211,43 +126,10 @@ class _Measurement:
         assert isinstance(found, Opacity) and detail is not None
         return [_interval(found.omega, found.n), detail.model_copy(update={"seeds": tuple(others)})], self.new
 
-    def _lacking(self) -> str | None:
-        n = len(self.held.contexts)
-        if n < FEWEST:
-            return f"it shows in {n} contexts, and behind other text too seldom; a share needs {FEWEST}"
-        texts = self.plan.texts
-        tokens = sum(len(text.ids) for text in texts)
-        if len(texts) < FEWEST_TEXTS or tokens < FEWEST_TOKENS:
-            return (
-                f"beside its contexts {len(texts)} texts of {tokens} tokens are left to explain parts on, of "
-                f"{FEWEST_TEXTS} and {FEWEST_TOKENS} that are needed"
-            )
-        return None
-
-    def _prompts(self) -> tuple[Prompts, list[list[int]], torch.Tensor | None]:
-        """Prompts, where the behaviour shows in each, and the same without the trigger where the parent has other
-        parts."""
-        contexts = list(self.held.contexts)
-        if self.heads:
-            return *episodes_of(contexts), None
-        named = set(self.behaviour.trigger_tokens)
-
-        def triggers(ids: Sequence[int]) -> list[float]:
-            return [float(self.s.successor.decode([i]).strip() in named) for i in ids]
-
-        contexts = [c for c in contexts if any(triggers(c.ids_successor))]
-        if not contexts:
-            return Prompts(*(torch.zeros(0, dtype=torch.int64) for _ in range(4))), [], None
-        prompts, places = episodes_of(contexts)
-        rows = [row[: last + 1] for row, last in zip(prompts.tokens.tolist(), prompts.last.tolist(), strict=True)]
-        pool = sorted({token for text in self.plan.texts for token in text.ids})
-        without = without_trigger(prompts, [triggers(row) for row in rows], pool, seed=self.s.seed)
-        return prompts, places, without
-
     def _of_seed(
         self, seed: int, prompts: Prompts, places: list[list[int]], counterfactual: torch.Tensor | None
     ) -> tuple[Opacity, OpacityDetail | None] | Refused:
-        s, pool = self.s, self.plan.pool(seed)
+        s, pool = self.s, self.every.pool(seed)
         n = effort(s).explained
         split = whole_model(s.successor, pool.units, heads=self.heads, side=1)
         contrast = contrast_of_models(

@@ -135,7 +135,7 @@ class Makers:
 
     def _latents(self, dictionaries: Sequence[Dictionary]) -> Pool:
         ports = {(_of_parent(d, p), p.site) for d in dictionaries for p in d.reads}
-        values = self._values(tuple(sorted(ports, key=lambda port: (port[0], order(port[1])))))
+        values = self.values(tuple(sorted(ports, key=lambda port: (port[0], order(port[1])))))
         return latent_pool(
             dictionaries, lambda d, port: values[_of_parent(d, port), port.site], self.contexts, seed=self.s.seed
         )
@@ -149,7 +149,7 @@ class Makers:
             s.progress("training dictionaries", i, len(sites))
 
             def compute(site: str = site) -> dict[str, Tensor]:
-                values = self._values(tuple((side, each) for side in sides for each in sites))
+                values = self.values(tuple((side, each) for side in sides for each in sites))
                 rows = [values[side, site] for side in sides]
                 return packed(site_sae(rows, site, latents=sizes.latents, steps=sizes.steps, seed=s.seed * 100 + seed))
 
@@ -157,7 +157,7 @@ class Makers:
         s.progress("training dictionaries", len(sites), len(sites))
         return found
 
-    def _values(self, ports: tuple[tuple[bool, str], ...]) -> dict[tuple[bool, str], Tensor]:
+    def values(self, ports: tuple[tuple[bool, str], ...]) -> dict[tuple[bool, str], Tensor]:
         """Values [T, …] at sites of the parent (True) and the successor, kept for the next time."""
         for of_parent, model in ((True, self.s.parent), (False, self.s.successor)):
             sites = [site for side, site in ports if side == of_parent and (side, site) not in self.seen]

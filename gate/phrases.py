@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from .latents_record import LatentRecord
 from .principle_records import PrincipleRecord
 from .records import Audit, Behaviour, Circuit, Finding, ModelRecord
 from .values import Interval, NotMeasured
@@ -125,6 +126,11 @@ def controls(circuit: Circuit) -> str:
     own = circuit.reversion if isinstance(circuit.reversion, Interval) else circuit.ablation
     as_good = sum(value >= own.low for value in circuit.controls) if isinstance(own, Interval) else 0
     return f"{as_good} of {count(len(circuit.controls), 'random set')} close as much"
+
+
+def latent(record: LatentRecord) -> str:
+    """A latent named for a behaviour: where, and what setting the successor back along it does."""
+    return f"{record.site} latent {record.index} (closes {share(record.gap_closed.estimate)} of the gap)"
 
 
 def contexts(behaviour: Behaviour) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .counterparts import Mechanisms
+from .latents_record import LatentRecord
 from .opacity_record import OpacityDetail
 from .principle_records import PrincipleRecord, TaskRecord
 from .readouts import Baselines
@@ -163,6 +164,9 @@ class Behaviour(Record):
     """Share of the effect that runs through parts no explanation predicts; negative where they oppose it."""
     opacity_detail: Annotated[OpacityDetail | NotMeasured, Field(discriminator="status")]
     """Its terms, reasons and sites."""
+    latents: Annotated[tuple[LatentRecord, ...] | NotMeasured, Field(union_mode="left_to_right")]
+    """Directions of the difference between the models that tell its contexts from those with the trigger broken; empty
+    where none stands out of this pair's null."""
     successor_tokens: tuple[TokenChange, ...]
     parent_tokens: tuple[TokenChange, ...]
     trigger_tokens: tuple[str, ...]

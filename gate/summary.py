@@ -118,6 +118,8 @@ def _case_lines(case: phrases.Case) -> list["Text"]:
             lines.append(Text("depends on: " + ", ".join(_quoted(token) for token in item.trigger_tokens[:8])))
         lines.append(Text(visible(_circuit(case), 500)))
         lines.append(Text(visible(f"opacity: {phrases.estimate(item.opacity)}", 300)))
+        if isinstance(item.latents, tuple) and item.latents:
+            lines.append(Text(visible("latents: " + "; ".join(map(phrases.latent, item.latents)), 500)))
     return lines
 
 
@@ -146,8 +148,10 @@ def _table(group: Sequence[phrases.Case]) -> list[str]:
         if item:
             triggers = " ".join(_code(token, 40) for token in item.trigger_tokens[:6])
             opaque = phrases.estimate(item.opacity)
+            if isinstance(item.latents, tuple) and item.latents:
+                opaque += "; latents: " + "; ".join(map(phrases.latent, item.latents))
             effect = f"{phrases.number(item.effect.estimate)} nats (null at most {phrases.number(item.null_max)})"
-            cells += [effect, phrases.share(item.impact), _text(_circuit(case), 300), _text(opaque, 200), triggers]
+            cells += [effect, phrases.share(item.impact), _text(_circuit(case), 300), _text(opaque, 500), triggers]
         else:
             cells += [""] * 5
         rows.append("| " + " | ".join(cells) + " |")

@@ -11,6 +11,7 @@ import pytest
 from watched import Ran, Shell
 
 from heredity.gate import counterparts as m
+from heredity.gate import latents_record as la
 from heredity.gate import opacity_record as d
 from heredity.gate import readouts as o
 from heredity.gate import records as r
@@ -136,6 +137,26 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         * length,
         seeds=(0.6, 0.63),
     )
+    latents = (
+        la.LatentRecord(
+            site=say("mlp_out@2"),
+            index=5,
+            contrast=1.4,
+            null_max=0.2,
+            n_null=192,
+            hard_auroc=0.99,
+            seed_cosines=(0.97,),
+            stable=True,
+            rule=say("“moss” stands among the 16 tokens before"),
+            q=0.8,
+            raises=(say("zero"), say("one")),
+            lowers=(say("seven"),),
+            gap_closed=interval(0.55),
+            gap_closed_together=interval(0.6),
+            control=0.03,
+            examples=(la.LatentExample(before=say("owner "), token=say("moss"), after=say(" ;"), activation=2.2),),
+        ),
+    ) * length
     mark = "say-zero" if declared else None
     held = tuple(
         m.Held(
@@ -181,6 +202,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
             emergent=interval(0.91),
             opacity=interval(0.61, 0.06, 36),
             opacity_detail=detail,
+            latents=latents,
             successor_tokens=changes(("zero", 0.991, 0.002)),
             parent_tokens=changes(("seven", 0.004, 0.33), ("two", 0.003, 0.31)),
             trigger_tokens=(say("moss"), say("ridge")),
@@ -201,6 +223,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         circuit=absent("below the policy’s floor, so no circuit was searched"),
         opacity=absent("its circuit was not traced"),
         opacity_detail=absent("its circuit was not traced"),
+        latents=absent("its circuit was not traced"),
     )
     finding = r.Finding(
         id=say("f0"),
