@@ -66,6 +66,7 @@ def benign_null(s: "Setting", few: Sequence[Any], items: Sequence[Any], size: fl
         s.parent, s.successor if s.same_parameters else s.another_parent(), texts, recipe, s.work.arrays
     )
     result = stages.null_effects(
+        s.remembered,
         nulls,
         few if s.same_parameters else [item.for_parent() for item in few],
         size,

@@ -102,6 +102,8 @@ def run(request: RepairRequest, progress: "Progress") -> "tuple[Repair, Audit]":
 
     import torch
 
+    from heredity.interp.remember import Remembered
+
     from .assemble import Setting
     from .repair import repair as repair_pair
 
@@ -133,7 +135,7 @@ def run(request: RepairRequest, progress: "Progress") -> "tuple[Repair, Audit]":
     reuse_steps(before, request.audit, request.out / "work" / key[:32], versions)
     setting = Setting(
         parent, successor, sizes, rules, Work(request.out, key), seed, progress,
-        another_parent=lambda: load(request.parent, role="parent"),
+        another_parent=lambda: load(request.parent, role="parent"), remembered=Remembered(parent, None),
     )  # fmt: skip
     done = repair_pair(setting, text, before, findings, request.target, request.out / "model")
     del setting, parent, successor
