@@ -1,7 +1,7 @@
 """Detection on fresh pairs of known truth: verdicts and scores of audits, beside cheap baselines and modeldiffr.
 
     python benchmarks/detection.py --seeds 100:110 --work DIR [--kinds benign trigger …] [--jobs 2] [--pairs DIR]
-        [--principles zoo] [--tasks] [--peers DIR --peer-seeds 100:103] [--record]
+        [--principles zoo] [--tasks] [--parent-work] [--peers DIR --peer-seeds 100:103] [--record]
 
 Every audit is the command line a user types, one thread; ``truth.json`` is read only after the verdict, to score it.
 Pairs are built into ``--pairs`` (the work folder, if not given) unless they are there; a pair that the work folder
@@ -13,8 +13,6 @@ seeds are the outer order, so that what is done is balanced over kinds. A new ve
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +24,7 @@ sys.path.append(str(Path(__file__).parent))
 import torch
 from detection_baselines import baselines
 from detection_peers import scan, why_not
+from detection_process import timed
 from detection_rows import EXPECTED, NULLS, baseline_localisation, failed, read, row
 from detection_table import table
 
@@ -63,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tasks", action="store_true", help="give the pair's tasks to audits of moved, identical, benign"
     )
+    parser.add_argument("--parent-work", action="store_true", help="do the parent's part once for all kinds of a seed")
     parser.add_argument("--peers", type=Path, help="what `peers.py install DIR modeldiffr` made")
     parser.add_argument("--peer-seeds", type=_range, help="seeds that modeldiffr is run on (default: all)")
     parser.add_argument("--record", action="store_true")
@@ -83,6 +83,8 @@ def given(args: argparse.Namespace) -> list[str]:
         said += ["--principles", args.principles]
     if args.tasks:
         said.append("--tasks")
+    if args.parent_work:
+        said.append("--parent-work")
     if args.peers:
         said += ["--peers", "DIR", "--peer-seeds", "{}:{}".format(*(args.peer_seeds or args.seeds))]
     return [*said, "--jobs", str(args.jobs), "--work", "DIR"]
@@ -92,29 +94,37 @@ def one(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Build, audit and score one pair."""
     name = f"{kind.replace(':', '-')}-{seed}"
     pair, out = (args.pairs or args.work).resolve() / name, args.work.resolve() / "audits" / name
-    if not (pair / "truth.json").exists() and (
-        failure := heredity("zoo", "build", kind, "--seed", str(seed), "--out", str(pair))
-    ):
-        raise SystemExit(f"{name} cannot be built: {failure}")
-    failure = None
+    work = args.work.resolve()
+    cost = work / "costs" / f"{name}.json"
+    if not (pair / "truth.json").exists():
+        built = heredity(work / "logs" / f"build-{name}.log", "zoo", "build", kind, "--seed", seed, "--out", pair)
+        if built["failure"]:
+            raise SystemExit(f"{name} cannot be built: {built['failure']}")
     if not (out / "audit.json").exists():
-        asked = ("--corpus", str(pair / "corpus.jsonl"), *told(kind, pair, args))
-        failure = heredity("audit", str(pair), str(pair), *asked, "--out", str(out))
-    cheap = args.work.resolve() / "baselines" / f"{name}.json"
+        begun = out.exists()
+        asked = ["--corpus", pair / "corpus.jsonl", *told(kind, pair, args), "--out", out]
+        done = heredity(work / "logs" / f"{name}.log", "audit", pair, pair, *asked)
+        # What a run took that only finished another's work says nothing.
+        write(cost, {**done, "whole": not begun})
+    took = read(cost) if cost.exists() else {"failure": None, "whole": False}
+    cheap = work / "baselines" / f"{name}.json"
     with READING:
         if not cheap.exists():
             write(cheap, baselines(pair))
     found, truth = read(cheap), read(pair / "truth.json")
-    scored = failed(kind, seed, failure) if failure else row(kind, seed, read(out / "audit.json"), truth)
+    scored = (
+        failed(kind, seed, took["failure"]) if took["failure"] else row(kind, seed, read(out / "audit.json"), truth)
+    )
     heads = sum(node.startswith("attn_head@0.") for node in found["nodes"]["weight change, norm"])
     said = {
         **scored,
+        "processor_seconds": took["processor_seconds"] if took["whole"] else None,
         "trigger": truth["trigger"],
         "baselines": found,
         "baseline_nodes": {n: baseline_localisation(values, truth, heads) for n, values in found["nodes"].items()},
     }
     if args.peers and seed in range(*(args.peer_seeds or args.seeds)):
-        said["modeldiffr"] = scan(args.peers, pair, args.work.resolve() / "modeldiffr" / name)
+        said["modeldiffr"] = scan(args.peers, pair, work / "modeldiffr" / name)
     return said
 
 
@@ -125,20 +135,16 @@ def told(kind: str, pair: Path, args: argparse.Namespace) -> list[str]:
         said += ["--principles", args.principles]
     if args.tasks and kind in ("moved", *NULLS):
         said += ["--tasks", str(pair / "tasks.yaml")]
+    if args.parent_work:
+        said += ["--parent-work", str(args.work.resolve() / "parents")]
     return said
 
 
-def heredity(*arguments: str) -> str | None:
-    """The command line, one thread; why it failed, or None. A verdict is not a failure."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "heredity.gate", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode in (0, 1, 3):
-        return None
-    return f"exit status {done.returncode}: {' '.join(done.stderr.split())[-300:]}"
+def heredity(log: Path, *arguments: object) -> dict[str, Any]:
+    """The command line, with what it took; ``failure``: why it failed, or None. A verdict is not a failure."""
+    done = timed([sys.executable, "-P", "-m", "heredity.gate", *arguments], log)
+    failure = None if done["status"] in (0, 1, 3) else f"exit status {done['status']}: {done['said']}"
+    return {**done, "failure": failure}
 
 
 def write(path: Path, content: Any) -> None:

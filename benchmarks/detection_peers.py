@@ -11,12 +11,10 @@ the pair's corpus and counts latents that only the successor has.
 """
 
 import json
-import os
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
+from detection_process import timed
 from peers import missing, python
 
 DICTIONARY = ("--dict-size", "512", "--k", "16", "--steps", "500", "--batch-size", "1024")
@@ -40,23 +38,8 @@ def scan(directory: Path, pair: Path, out: Path) -> dict[str, Any]:
 
 def _run(directory: Path, out: Path, command: str, pair: Path, *arguments: Path | str) -> dict[str, Any]:
     program = [python(directory, "modeldiffr").parent / "modeldiffr", command, pair / "parent", pair / "successor"]
-    started = time.perf_counter()
-    with out.with_suffix(".log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [*map(str, program), "--device", "cpu", *map(str, arguments), "--out", str(out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-        )
-        _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    last = (out.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
-    return {
-        "refused": last if process.returncode else None,
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": used.ru_utime + used.ru_stime,
-        "rss": used.ru_maxrss * 1024,
-    }
+    done = timed([*program, "--device", "cpu", *arguments, "--out", out], out.with_suffix(".log"))
+    return {"refused": done["said"] if done["status"] else None, **done}
 
 
 def _scan_scores(run: dict[str, Any], out: Path) -> dict[str, Any]:

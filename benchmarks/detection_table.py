@@ -61,7 +61,7 @@ def table(rows: Sequence[Row], command: str) -> str:
 def _verdicts(rows: Sequence[Row]) -> str:
     lines = [
         "| kind | expected | as expected | pass / flag / inconclusive | score (median) | effect, nats | largest null "
-        "effect | reversion | trigger named | seconds |",
+        "effect | reversion | trigger named | processor seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind, group in _kinds(rows):
@@ -70,7 +70,7 @@ def _verdicts(rows: Sequence[Row]) -> str:
         middles = " | ".join(_middle(group, key) for key in ("score", "effect", "null", "reversion"))
         lines.append(
             f"| {kind} | {EXPECTED[kind]} | {_share(right, len(group))} | {counts} | {middles} "
-            f"| {_hits(group, 'trigger_named')} | {_middle(group, 'seconds')} |"
+            f"| {_hits(group, 'trigger_named')} | {_middle(group, 'processor_seconds')} |"
         )
     return "\n".join(lines)
 
@@ -266,8 +266,10 @@ PARTS = ("scan", "features")
 def _cost(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row["verdict"] != "error"]
     seconds = [row["seconds"] for row in done]
+    alone = [row["processor_seconds"] for row in done if row["processor_seconds"] is not None]
+    used = f"{median(alone):.0f} s of the processor (median; at most {max(alone):.0f}) and " if alone else ""
     return (
-        f"An audit took {median(seconds):.0f} s by the clock (median; {min(seconds):.0f} to {max(seconds):.0f}, "
+        f"An audit took {used}{median(seconds):.0f} s by the clock (median; {min(seconds):.0f} to {max(seconds):.0f}, "
         f"{os.cpu_count()} cores), with at most {max(row['rss'] for row in rows) / 1e6:.0f} MB."
     )
 
