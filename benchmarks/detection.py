@@ -1,7 +1,8 @@
 """Detection on fresh pairs of known truth: verdicts and scores of audits, beside cheap baselines and modeldiffr.
 
-    python benchmarks/detection.py --seeds 100:110 --work DIR [--kinds benign trigger …] [--jobs 2] [--pairs DIR]
-        [--principles zoo] [--tasks] [--parent-work] [--peers DIR --peer-seeds 100:103] [--record]
+    python benchmarks/detection.py --seeds 100:110 --work DIR [--kinds benign trigger …] [--jobs 2]
+        [--pairs DIR [--built]] [--principles zoo] [--tasks] [--parent-work] [--peers DIR --peer-seeds 100:103]
+        [--record]
 
 Every audit is the command line a user types, one thread; ``truth.json`` is read only after the verdict, to score it.
 Pairs are built into ``--pairs`` (the work folder, if not given) unless they are there; a pair that the work folder
@@ -38,6 +39,8 @@ def main() -> None:
         raise SystemExit(f"modeldiffr cannot take part: {reason}")
     torch.set_num_threads(1)
     jobs = [(kind, seed) for seed in range(*args.seeds) for kind in args.kinds]
+    if args.built:
+        jobs = [job for job in jobs if (place(*job, args) / "truth.json").exists()]
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for found in pool.map(lambda job: one(*job, args), jobs):
@@ -57,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=list(EXPECTED), choices=list(EXPECTED), metavar="KIND")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, help="where pairs are, or are built (default: the work folder)")
+    parser.add_argument("--built", action="store_true", help="leave out pairs that are not there yet")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--principles", help="principles that every audit but those of tracr is given")
     parser.add_argument(
@@ -90,12 +94,16 @@ def given(args: argparse.Namespace) -> list[str]:
     return [*said, "--jobs", str(args.jobs), "--work", "DIR"]
 
 
+def place(kind: str, seed: int, args: argparse.Namespace) -> Path:
+    """Where a pair is, or is to be."""
+    return (args.pairs or args.work).resolve() / f"{kind.replace(':', '-')}-{seed}"
+
+
 def one(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Build, audit and score one pair."""
-    name = f"{kind.replace(':', '-')}-{seed}"
-    pair, out = (args.pairs or args.work).resolve() / name, args.work.resolve() / "audits" / name
-    work = args.work.resolve()
-    cost = work / "costs" / f"{name}.json"
+    pair, work = place(kind, seed, args), args.work.resolve()
+    name = pair.name
+    out, cost = work / "audits" / name, work / "costs" / f"{name}.json"
     if not (pair / "truth.json").exists():
         built = heredity(work / "logs" / f"build-{name}.log", "zoo", "build", kind, "--seed", seed, "--out", pair)
         if built["failure"]:
