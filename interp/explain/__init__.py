@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .contexts import Contexts
+    from .directions import beyond, random_directions
     from .endpoint import Endpoint
     from .language_model import Explainer, Judge, explain_by_model
     from .measure import explain
@@ -23,10 +24,12 @@ _HOME = {
     "Explanation": "record",
     "Judge": "language_model",
     "Rule": "rules",
+    "beyond": "directions",
     "explain": "measure",
     "explain_by_model": "language_model",
     "head_features": "nodes",
     "neuron_features": "nodes",
+    "random_directions": "directions",
 }
 
 __all__ = [
@@ -37,10 +40,12 @@ __all__ = [
     "Explanation",
     "Judge",
     "Rule",
+    "beyond",
     "explain",
     "explain_by_model",
     "head_features",
     "neuron_features",
+    "random_directions",
 ]
 
 
