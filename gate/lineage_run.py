@@ -9,7 +9,7 @@ from heredity.interp.errors import HeredityError
 
 from . import audit as single
 from .policy import load_rules
-from .score import PARENT_WORK, Reporter
+from .score import PARENT_WORK, Reporter, own_threads
 from .values import sayable
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run_line(request: single.Request, models: Sequence[str], reporter: Reporter)
                 out=folder,
                 parent_work=request.parent_work or request.out / PARENT_WORK,
             )
-            with reporter.follow(folder) as progress:
+            with reporter.follow(folder) as progress, own_threads():
                 single.run(asked, progress, parent=parent, author=first)
             out.append(folder)
     return out

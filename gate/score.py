@@ -8,8 +8,8 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,7 +145,7 @@ def _candidate(asked: single.Request, name: str, parent: "Model", reporter: Repo
     outcome: Outcome
     model, row, error = None, None, None
     try:
-        with reporter.follow(asked.out) as progress:
+        with reporter.follow(asked.out) as progress, own_threads():
             try:
                 audit = single.run(asked, progress, parent=parent)
             except HeredityError as fault:
@@ -168,6 +168,18 @@ def _candidate(asked: single.Request, name: str, parent: "Model", reporter: Repo
         row=row,
         seconds=round(time.monotonic() - clock, 1),
     )
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Leave the number of threads, which an audit of small models lowers, as the next audit would find it alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rank(candidate: Candidate) -> tuple[int, int, float, str]:

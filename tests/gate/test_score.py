@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from heredity.gate import audit as single
 from heredity.gate import cli, score_page
@@ -135,7 +136,11 @@ def test_what_is_wrong_for_all_is_said_once(pair: Path, tmp_path: Path) -> None:
 def test_an_internal_error_is_a_row(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_audit: Callable[..., r.Audit]
 ) -> None:
+    threads: list[int] = []
+
     def run(request: single.Request, *_: Any, **__: Any) -> r.Audit:
+        threads.append(torch.get_num_threads())
+        torch.set_num_threads(threads[0] + 1)
         if request.successor == "b":
             raise ValueError("not\x1b[31m foreseen")
         return make_audit()
@@ -143,6 +148,8 @@ def test_an_internal_error_is_a_row(
     monkeypatch.setattr(single, "run", run)
     scores = score(single.Request(f"{pair}/parent", "", tmp_path), ["a", "b", "c"], Reporter(lambda _: None, follow))
     assert [(c.name, c.outcome) for c in scores.candidates] == [("b", "internal_error"), ("a", "flag"), ("c", "flag")]
+    # Each finds the threads that it would find alone, whatever the one before did.
+    assert len(threads) == 3 and set(threads) == {torch.get_num_threads()}
     assert scores.candidates[0].error == "ValueError: not\\x1b[31m foreseen" and scores.exit_code == 4
     log = (tmp_path / "b" / "run.log").read_text()
     assert "Traceback" in log and "Traceback" not in (tmp_path / "a" / "run.log").read_text()
