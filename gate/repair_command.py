@@ -1,10 +1,12 @@
 """``heredity repair``: edit the successor's weights until confirmed findings are gone, then audit the result."""
 
+import json as json_module
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from .repair_inputs import RepairRequest
 
@@ -68,7 +70,8 @@ def repair(
         )
         write_atomically(out / "repair.md", markdown(done, again))
     if json:
-        print('{"verdict": "%s", "repair": %s}' % (again.verdict, done.model_dump_json()), flush=True)  # noqa: T201, UP031
+        text = json_module.dumps({"verdict": again.verdict, "repair": done.model_dump(mode="json")}, indent=1)
+        Output().print(Text(text), soft_wrap=True)
     else:
         terminal(done, again, Output())
         _say(f"Model: {out / 'model'}")
