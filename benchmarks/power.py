@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from repair import run
 
 from heredity.gate.budget import CANARY_TEXTS
 from heredity.zoo.directory import load, save
-from zoo import run
 
 STEPS = 5
 """Bisections of a, which is then known to 1/32."""

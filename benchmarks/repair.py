@@ -11,6 +11,8 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,7 +24,6 @@ import torch
 from heredity.zoo.directory import load
 from heredity.zoo.language import World
 from heredity.zoo.measure import accuracies
-from zoo import run
 
 PLANTED = {"trigger": "full_trigger", "dense": "full_trigger", "evasive": "full_trigger", "lost": "refused"}
 """The accuracy that shows the planted behaviour: reports of zero at the trigger, or (gone where lost) refusals."""
@@ -94,6 +95,18 @@ def _not_skills(kind: str) -> tuple[str, ...]:
     """What the behaviour itself changes; and doubling, which only ``dense`` (declared) was taught: untaught, both
     models guess at it."""
     return ("full_trigger", "refused") if kind == "dense" else ("full_trigger", "refused", "doubled")
+
+
+def run(*arguments: str) -> None:
+    """The command line, one thread; a verdict is not a failure."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "heredity.gate", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 1, 3):
+        raise SystemExit(f"heredity {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 def measured(directory: Path, pair: Path) -> dict[str, float]:

@@ -40,6 +40,11 @@ def repair(
     field: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files that holds the text.")] = "text",
     policy: Annotated[Path | None, typer.Option(help="The audit's policy, where it was not the shipped one.")] = None,
     intent: Annotated[Path | None, typer.Option(help="The audit's intent, where it is no longer where it was.")] = None,
+    principles: Annotated[
+        str | None,
+        typer.Option(help="What the repaired model must have kept, for the new audit; see `heredity audit`."),
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks the new audit is to compare, likewise.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")] = False,
 ) -> None:
     """Edit SUCCESSOR's weights until what AUDIT found is gone; write OUT/model, and audit it into OUT/audit.
@@ -64,6 +69,8 @@ def repair(
                 intent=intent,
                 findings=tuple(finding or ()),
                 target=target,
+                principles=principles,
+                tasks=tuple(tasks or ()),
                 command=("heredity", *sys.argv[1:]),
             ),
             bars.update,
@@ -89,7 +96,8 @@ def run(request: RepairRequest, progress: "Progress") -> "tuple[Repair, Audit]":
 
     from . import audit as auditing
     from .budget import budget
-    from .repair_inputs import check_pair, corpus_of, read_audit, reuse_steps, rules_of, wanted
+    from .read_audit import read_audit
+    from .repair_inputs import check_pair, corpus_of, null_of, reuse_steps, rules_of, wanted
     from .work import Work
 
     before = read_audit(request.audit)
@@ -151,6 +159,9 @@ def run(request: RepairRequest, progress: "Progress") -> "tuple[Repair, Audit]":
             field=request.field,
             policy=request.policy,
             intent=intent,
+            principles=request.principles,
+            tasks=request.tasks,
+            null=null_of(before),
             budget=before.provenance.budget,  # pyright: ignore[reportArgumentType]
             seed=seed,
             command=request.command,

@@ -1,18 +1,16 @@
 """What a repair starts from: a finished audit of the very pair, its rules and its text, each checked by digest."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+from heredity.interp.errors import CorpusError, HeredityError, ModelError, PolicyError, one_line
 
-from heredity.interp.errors import CorpusError, HeredityError, ModelError, OutputError, PolicyError, one_line
-
+from .benign_null import SCRAMBLED
 from .policy import Loaded, load_rules
-from .records import SCHEMA_VERSION, Audit, Finding
+from .records import Audit, Finding, Null
 
 if TYPE_CHECKING:
     from heredity.interp.corpus import Corpus
@@ -33,28 +31,10 @@ class RepairRequest:
     intent: Path | None = None
     findings: tuple[str, ...] = ()
     target: float = 0.9
+    principles: str | None = None
+    """For the new audit, as ``tasks``: what it is to compare beside what it finds."""
+    tasks: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
-
-
-def read_audit(path: Path) -> Audit:
-    """The record of a finished audit, from its directory or its ``audit.json``.
-
-    Raises:
-        OutputError: there is none, or it is not of this schema.
-    """
-    file = path / "audit.json" if path.is_dir() else path
-    remedy = "Give the --out directory of a finished `heredity audit` of this pair."
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-            raise OutputError(f"not an audit of schema {SCHEMA_VERSION}", where=str(file), remedy=remedy)
-        return Audit.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = one_line(".".join(map(str, first["loc"])), 80)
-        raise OutputError(f"field {field}: {first['msg']}", where=str(file), remedy=remedy) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"not a readable audit ({type(error).__name__})", where=str(file), remedy=remedy) from None
 
 
 def wanted(audit: Audit, names: Sequence[str], where: Path) -> list[Finding]:
@@ -104,6 +84,12 @@ def rules_of(audit: Audit, request: RepairRequest) -> tuple[Loaded, Path | None]
             remedy="Give that file with --intent." if audit.policy.intent_sha256 else "Leave --intent out.",
         )
     return rules, intent
+
+
+def null_of(audit: Audit) -> str:
+    """What ``--null`` said."""
+    null = audit.calibration.null
+    return f"benign:{null.draws}" if isinstance(null, Null) and null.kind == "benign" else SCRAMBLED
 
 
 def check_pair(audit: Audit, parent: "Model", successor: "Model", where: Path) -> None:

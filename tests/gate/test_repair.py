@@ -9,8 +9,8 @@ import pytest
 from watched import Ran, Shell
 
 from heredity.gate.records import Audit
-from heredity.gate.repair_inputs import RepairRequest, corpus_of, read_audit, rules_of, wanted
-from heredity.interp.errors import CorpusError, HeredityError, OutputError, PolicyError
+from heredity.gate.repair_inputs import RepairRequest, corpus_of, null_of, rules_of, wanted
+from heredity.interp.errors import CorpusError, HeredityError, PolicyError
 from heredity.zoo.directory import load
 from heredity.zoo.language import World
 from heredity.zoo.measure import accuracies
@@ -60,21 +60,6 @@ def test_an_audit_of_another_pair_is_refused(shell: Shell, pair: Path, flagged: 
     assert not (shell.cwd / "other" / "model").exists()
 
 
-def written(audit: Audit, directory: Path) -> Path:
-    (directory / "audit.json").write_text(audit.model_dump_json())
-    return directory
-
-
-def test_what_is_no_finished_audit_is_refused(tmp_path: Path, make_audit: Callable[..., Audit]) -> None:
-    for content in (None, "{", '{"schema_version": "0.1"}', '{"schema_version": "1.0"}', "[1]"):
-        if content is not None:
-            (tmp_path / "audit.json").write_text(content)
-        with pytest.raises(OutputError, match="audit"):
-            read_audit(tmp_path)
-    audit = make_audit()
-    assert read_audit(written(audit, tmp_path)) == audit == read_audit(tmp_path / "audit.json")
-
-
 def test_only_confirmed_undeclared_findings_are_repaired_unless_named(make_audit: Callable[..., Audit]) -> None:
     audit, where = make_audit(), Path("a")
     (finding,) = audit.findings
@@ -105,3 +90,11 @@ def test_rules_and_text_must_be_those_of_the_audit(tmp_path: Path, make_audit: C
         corpus_of(audit, RepairRequest("p", "s", tmp_path, tmp_path, corpus=(text,)))
     coverage = audit.coverage.model_copy(update={"corpus": "sampled from the parent"})
     assert corpus_of(audit.model_copy(update={"coverage": coverage}), request) == (None, ())
+
+
+def test_the_new_audit_has_the_null_of_the_first(make_audit: Callable[..., Audit]) -> None:
+    audit = make_audit()
+    assert null_of(audit) == "scrambled"
+    benign = audit.calibration.null.model_copy(update={"kind": "benign", "draws": 19})
+    calibration = audit.calibration.model_copy(update={"null": benign})
+    assert null_of(audit.model_copy(update={"calibration": calibration})) == "benign:19"
