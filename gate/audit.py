@@ -172,7 +172,7 @@ def run(
             tokens=measured.tokens,
             compared_tokens=measured.compared,
             kl_in_behaviours=measured.kl_in_behaviours,
-            sites=NotMeasured(reason="needs sparse dictionaries"),
+            sites=measured.sites,
         ),
         drift=measured.drift,
         policy=_policy(rules, measured.behaviours),

@@ -133,6 +133,20 @@ def latent(record: LatentRecord) -> str:
     return f"{record.site} latent {record.index} (closes {share(record.gap_closed.estimate)} of the gap)"
 
 
+def mechanisms(behaviour: Behaviour) -> str:
+    """What of the circuits of a behaviour is new, what is lost, and what the new part does in the parent."""
+    it = behaviour.mechanisms
+    if isinstance(it, NotMeasured):
+        return f"new and lost parts not measured: {it.reason}"
+    said = f"emergent {estimate(it.emergent)}; lost {estimate(it.lost)}"
+    if isinstance(it.transplant, Interval):
+        parts = count(len(it.transplanted), "part")
+        said += f"; {parts} put into the parent close {estimate(it.transplant)}"
+        if it.transplant_controls:
+            said += f", random ones at most {share(max(it.transplant_controls))}"
+    return said
+
+
 def contexts(behaviour: Behaviour) -> str:
     """How many contexts a behaviour was seen in, and how many of them are replicas of rare ones."""
     if not behaviour.n_replicated:

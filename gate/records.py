@@ -286,7 +286,8 @@ class Coverage(Record):
     kl_in_behaviours: float
     """Share of the total KL(successor‖parent) on the corpus that lies in the listed behaviours."""
     sites: dict[str, float] | NotMeasured
-    """Share per site; needs dictionaries."""
+    """Share of the divergence, on the corpus texts that hold most of it, that closes when the parent's values are put
+    in at a whole site. Shares overlap and need not add up to 1."""
 
 
 class Drift(Record):

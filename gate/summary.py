@@ -117,6 +117,7 @@ def _case_lines(case: phrases.Case) -> list["Text"]:
         if item.trigger_tokens:
             lines.append(Text("depends on: " + ", ".join(_quoted(token) for token in item.trigger_tokens[:8])))
         lines.append(Text(visible(_circuit(case), 500)))
+        lines.append(Text(visible(phrases.mechanisms(item), 500)))
         lines.append(Text(visible(f"opacity: {phrases.estimate(item.opacity)}", 300)))
         if isinstance(item.latents, tuple) and item.latents:
             lines.append(Text(visible("latents: " + "; ".join(map(phrases.latent, item.latents)), 500)))
@@ -138,8 +139,8 @@ def _example(example: Example) -> "Text":
 
 def _table(group: Sequence[phrases.Case]) -> list[str]:
     rows = [
-        "| | What the successor does | Effect | Impact | Circuit | Opacity | Depends on |",
-        "|---|---|---|---|---|---|---|",
+        "| | What the successor does | Effect | Impact | Circuit | New and lost | Opacity | Depends on |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for number, case in enumerate(group[:_FINDINGS], start=1):
         item = case.behaviour
@@ -151,9 +152,10 @@ def _table(group: Sequence[phrases.Case]) -> list[str]:
             if isinstance(item.latents, tuple) and item.latents:
                 opaque += "; latents: " + "; ".join(map(phrases.latent, item.latents))
             effect = f"{phrases.number(item.effect.estimate)} nats (null at most {phrases.number(item.null_max)})"
-            cells += [effect, phrases.share(item.impact), _text(_circuit(case), 300), _text(opaque, 500), triggers]
+            told = [_text(_circuit(case), 300), _text(phrases.mechanisms(item), 400), _text(opaque, 500)]
+            cells += [effect, phrases.share(item.impact), *told, triggers]
         else:
-            cells += [""] * 5
+            cells += [""] * 6
         rows.append("| " + " | ".join(cells) + " |")
     return [*rows, "", f"and {len(group) - _FINDINGS} more"] if len(group) > _FINDINGS else rows
 
