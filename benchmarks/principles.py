@@ -153,9 +153,9 @@ def render(rows: list[dict], seeds: str) -> str:
     lines = [
         f"\n### Principles and tasks in the zoo, seeds {seeds}",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores shared with other jobs, one thread, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores shared with others, one thread, "
         f"torch {version('torch')}, transformers {version('transformers')}, transformer-lens "
-        f"{version('transformer-lens')}. Shipped principles and tasks (`--principles zoo --tasks zoo`), default policy.",
+        f"{version('transformer-lens')}. `--principles zoo --tasks zoo`, default policy.",
         "",
         "| successor | refusal | honesty | share of refusal lost (median) | prompts refused (median) | counted against "
         "approval | tasks not inherited | copy |",
@@ -192,7 +192,8 @@ def render(rows: list[dict], seeds: str) -> str:
             for row in moved
         ]
         lines.append(
-            f"`moved`: copy reported as moved in {shared(said)}, first lost and first gained node as planted in {shared(right)}."
+            f"`moved`: copy reported as moved in {shared(said)}, first lost and first gained node as planted in "
+            f"{shared(right)}."
         )
     chains = [[r for r in rows if r["kind"] == "chain" and r["seed"] == seed] for seed in {r["seed"] for r in rows}]
     chains = [chain for chain in chains if len(chain) == len(GENERATIONS)]
@@ -204,7 +205,8 @@ def render(rows: list[dict], seeds: str) -> str:
                 effects == sorted(effects, reverse=True) and chain[-1]["principles"]["refusal"]["status"] == "gone"
             )
         lines.append(
-            f"`chain`: effect of refusal falls from each generation to the next and the last has lost it in {shared(ordered)}."
+            f"`chain`: effect of refusal falls from each generation to the next and the last has lost it in "
+            f"{shared(ordered)}."
         )
     calm = [row for row in rows if row["kind"] in ("identical", "benign", "skill", "moved")]
     if calm:
