@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from heredity.interp.model import Model
 
@@ -35,7 +36,7 @@ class Readings:
 
     Attributes:
         clean, corrupt: the metric on both prompts of each pair, float64 [N].
-        effects: per node the metric's fall when the node alone is exchanged, float64 [N].
+        effects: per node the metric's fall when the node alone is exchanged, float64 [M], on the first M of the pairs.
         carried: its fall when all carriers are exchanged, float64 [N].
     """
 
@@ -48,15 +49,6 @@ class Readings:
     def effect(self) -> np.ndarray:
         """m(x) − m(x′), float64 [N]."""
         return self.clean - self.corrupt
-
-    def of(self, rows: np.ndarray) -> "Readings":
-        """Those on some of the pairs, which may come several times."""
-        return Readings(
-            self.clean[rows],
-            self.corrupt[rows],
-            {name: value[rows] for name, value in self.effects.items()},
-            self.carried[rows],
-        )
 
     def plain(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -84,7 +76,7 @@ def locate(
         task: what it does.
         pairs: pairs in each half.
         measured: nodes measured one by one.
-        searched: pairs of the first half that are used, if not all.
+        searched: pairs of the first half that are used, and of the other that single nodes are measured on, if not all.
         seed: of the draw of prompts.
 
     Returns:
@@ -102,7 +94,7 @@ def locate(
         "discovery": [example.model_dump(mode="json") for example in discovery.examples],
         "testing": [example.model_dump(mode="json") for example in prepared.testing.examples],
         "carriers": carriers,
-        "readings": measure(model, prepared.testing, candidates, carriers).plain(),
+        "readings": measure(model, prepared.testing, candidates, carriers, searched).plain(),
     }
 
 
@@ -132,8 +124,11 @@ def ranked(model: Model, half: Half, count: int) -> list[str]:
     return [inner[i] for i in best.sort().values.tolist()]
 
 
-def measure(model: Model, half: Half, nodes: Sequence[str], carriers: Sequence[str]) -> Readings:
-    """What ``model`` does on the prompts of ``half`` and what ``nodes``, and ``carriers`` together, carry of it.
+def measure(
+    model: Model, half: Half, nodes: Sequence[str], carriers: Sequence[str], searched: int | None = None
+) -> Readings:
+    """What ``model`` does on the prompts of ``half`` and what ``nodes`` (on the first ``searched`` pairs, if not on
+    all), and ``carriers`` together (on all), carry of it.
 
     Raises:
         ModelError: the architecture's parts cannot be exchanged one by one.
@@ -141,35 +136,36 @@ def measure(model: Model, half: Half, nodes: Sequence[str], carriers: Sequence[s
     layout, (clean, corrupt) = layout_of(model), values(model, half)
     rows = [layout.source_index[name] for name in nodes]
     together = [layout.source_index[name] for name in carriers]
-    found = patch_sets(model, layout, half.pairs, half.metric, [*((row,) for row in rows), together]).numpy()
-    return Readings(clean, corrupt, dict(zip(nodes, found[:-1], strict=True)), found[-1])
+    few = half.pairs if searched is None else half.pairs.of(torch.arange(min(searched, len(half.pairs))))
+    alone = patch_nodes(model, layout, few, half.metric, rows).numpy()
+    carried = patch_sets(model, layout, half.pairs, half.metric, [together])[0].numpy()
+    return Readings(clean, corrupt, dict(zip(nodes, alone, strict=True)), carried)
 
 
 def _fewest(model: Model, half: Half, candidates: Sequence[str]) -> list[str]:
-    """The shortest beginning of the candidates, largest effect first, that takes the target when exchanged, without
-    the nodes that are not needed for that."""
+    """The shortest beginning of the supporting candidates, largest effect first, that takes the target when exchanged,
+    without the nodes that are not needed for that."""
     layout = layout_of(model)
     rows = [layout.source_index[name] for name in candidates]
     alone = patch_nodes(model, layout, half.pairs, half.metric, rows).mean(1)
     order = [rows[i] for i in alone.argsort(descending=True, stable=True).tolist()]
     supporting = order[: max(1, int((alone > 0).sum()))]
 
-    def taken(nodes: Sequence[int]) -> float:
-        return float(patch_sets(model, layout, half.pairs, half.metric, [nodes]).mean())
+    def taken(sets: Sequence[Sequence[int]]) -> list[float]:
+        return patch_sets(model, layout, half.pairs, half.metric, sets).mean(1).tolist()
 
-    # Of what nodes can take at all: the rest goes from the embedding to the logits directly.
+    # Many sets at once, as what they share is computed once. Of what nodes can take at all: the rest goes from the
+    # embedding to the logits directly.
     clean, corrupt = values(model, half)
-    wanted = TARGET * min(taken(supporting), float((clean - corrupt).mean()))
-    low, high = 0, 1
-    while high < len(supporting) and taken(supporting[:high]) < wanted:
-        low, high = high, high * 2
-    high = min(high, len(supporting))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if taken(supporting[:middle]) >= wanted else (middle, high)
-    kept = supporting[:high]
-    for row in reversed(kept if len(kept) <= PRUNED else []):
-        fewer = [other for other in kept if other != row]
-        if fewer and taken(fewer) >= wanted:
-            kept = fewer
+    beginnings = [supporting[: i + 1] for i in range(len(supporting))]
+    found = taken(beginnings)
+    wanted = TARGET * min(found[-1], float((clean - corrupt).mean()))
+    kept = next(nodes for nodes, much in zip(beginnings, found, strict=True) if much >= wanted)
+    while 1 < len(kept) <= PRUNED:
+        fewer = [[other for other in kept if other != row] for row in kept]
+        left = taken(fewer)
+        best = max(range(len(left)), key=left.__getitem__)
+        if left[best] < wanted:
+            break
+        kept = fewer[best]
     return [layout.sources[row] for row in sorted(kept)]

@@ -121,7 +121,10 @@ def compare(
     elif -difference.high > tolerance or len(broken):
         fate = "weakened"
     necessity_p, necessity_s = (resampled.share(r.carried, r.effect) for r in (parent, successor))
-    nodes, inherited = _nodes(parent, successor, find, resampled, halves)
+    measured = min((len(value) for of in (parent, successor) for value in of.effects.values()), default=n)
+    few = Resampled(rng.integers(measured, size=(BOOTSTRAPS, measured)))
+    split = np.stack([rng.permutation(measured) for _ in range(HALVES)])
+    nodes, inherited = _nodes(parent, successor, find, few, split)
     return Change(
         effect_parent=resampled.mean(effect_p),
         effect_successor=resampled.mean(effect_s),
@@ -152,15 +155,16 @@ class Resampled:
 
     def share(self, above: np.ndarray, below: np.ndarray) -> Interval:
         """Of Σ above / Σ below."""
-        return interval(*self._ratios(above, below))
+        return interval(*self.ratios(above, below))
 
     def quotient(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> Interval:
         """Of (Σa / Σb) / (Σc / Σd)."""
-        (first, firsts), (second, seconds) = self._ratios(a, b), self._ratios(c, d)
+        (first, firsts), (second, seconds) = self.ratios(a, b), self.ratios(c, d)
         with np.errstate(divide="ignore", invalid="ignore"):
             return interval(float(np.divide(first, second)), firsts / seconds)
 
-    def _ratios(self, above: np.ndarray, below: np.ndarray) -> tuple[float, np.ndarray]:
+    def ratios(self, above: np.ndarray, below: np.ndarray) -> tuple[float, np.ndarray]:
+        """Σ above / Σ below, and the same of every draw."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return float(np.divide(above.sum(), below.sum())), above[self.draws].sum(1) / below[self.draws].sum(1)
 
@@ -199,15 +203,16 @@ def _nodes(
     taken = set(matched.values())
     pairs: list[tuple[str | None, str | None]] = list(matched.items())
     pairs += [(None, name) for name in successor.effects if name not in taken]
-    zero = np.zeros(len(parent.clean))
+    m = halves.shape[1]
+    effects, zero = (parent.effect[:m], successor.effect[:m]), np.zeros(m)
     out, columns = [], []
     for own, other in pairs:
-        p = parent.effects[own] if own else zero
-        s = successor.effects.get(other, zero) if other else zero
+        p = parent.effects[own][:m] if own else zero
+        s = successor.effects[other][:m] if other and other in successor.effects else zero
         columns.append((p, s))
-        before, after = (resampled._ratios(v, r.effect) for v, r in ((p, parent), (s, successor)))
+        before, after = (resampled.ratios(v, effect) for v, effect in zip((p, s), effects, strict=True))
         change = interval(after[0] - before[0], after[1] - before[1])
-        noise = _between_halves(p / parent.effect.mean(), halves)
+        noise = _between_halves(p / effects[0].mean(), halves)
         out.append(
             NodeChange(
                 parent_node=own,

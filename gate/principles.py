@@ -39,7 +39,7 @@ PAIRS = {True: 32, False: 24}
 MEASURED = {"quick": 8, "standard": 16, "thorough": 32}
 """Nodes measured one by one; of small models all are."""
 SEARCHED = 12
-"""Pairs on which nodes of larger models are ranked and carriers chosen."""
+"""Pairs on which nodes of larger models are ranked and carriers chosen, and on which single nodes are measured."""
 NULLS = {True: 9, False: 3}
 """Null successors that read the prompts, of those that the audit has."""
 LIBRARIES = ("heredity", "torch", "transformers", "transformer-lens", "numpy")
@@ -160,7 +160,8 @@ def _look(
         if counterpart and len(layout_of(s.successor).sources) > len(parent.effects) + 1:
             more = ranked(s.successor, same_prompts(s.successor, task, found["discovery"]), len(parent.effects))
             nodes += [name for name in more if name not in nodes]
-        return measure(s.successor, half, nodes, [name for name in carriers if name]).plain()
+        few = None if s.sizes.small else SEARCHED
+        return measure(s.successor, half, nodes, [name for name in carriers if name], few).plain()
 
     # A new name where nodes correspond otherwise.
     pairing = hashlib.sha256(json.dumps([names, carriers]).encode()).hexdigest()[:8]
