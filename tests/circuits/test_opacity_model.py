@@ -1,4 +1,4 @@
-"""Opacity in a real (tiny) transformer: exact identities, other ways to the same numbers, routing, pairs of models."""
+"""Opacity in a real (tiny) transformer: exact identities, other ways to the same numbers, routing, labels."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,130 +7,54 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opaque import (
+    KINDS,
+    LAYERS,
+    dictionary,
+    drawn,
+    identity,
+    largest_change,
+    measured,
+    random_pairs,
+    random_texts,
+    sae,
+    some_q,
+    transcoders,
+)
 from torch import Tensor
 
-from heredity.circuits.attribution import Prompts
 from heredity.circuits.opacity import (
     contrast_of_pairs,
     mean_unexplained,
     opacity,
-    opacity_of_behaviour,
-    without_trigger,
 )
-from heredity.circuits.opacity_estimate import Opacity, Refused
+from heredity.circuits.opacity_estimate import Refused
 from heredity.circuits.opacity_labels import explained_heads, explained_neurons, q_of, redrawn
-from heredity.circuits.opacity_parts import DictionaryPart, HeadsPart, NeuronsPart, Part, World, dictionary_parts
+from heredity.circuits.opacity_parts import DictionaryPart, HeadsPart, NeuronsPart, Part, World
 from heredity.circuits.opacity_profile import opacity_profile
-from heredity.circuits.opacity_reasons import linear_errors, reasons_of
 from heredity.circuits.opacity_routing import check_patterns, each_pattern, held_patterns, recorded_patterns
 from heredity.circuits.opacity_runs import exchanged, recorded, two_by_two, with_others
 from heredity.circuits.opacity_split import Split, whole_model
 from heredity.circuits.pairs import LogitDifference, Pairs
-from heredity.interp.dictionaries.record import Dictionary, DictionarySet, Port
+from heredity.interp.dictionaries.record import DictionarySet, Port
 from heredity.interp.dictionaries.splicing import splice
 from heredity.interp.errors import DictionaryError, ModelError
 from heredity.interp.model import Encoded, Model
-from heredity.kernels import JumpReLU, ReLU, TopK
-
-WIDTH, LAYERS, LATENTS = 32, 3, 48
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def dictionary(kind: Any, reads: list[Port], writes: list[Port], seed: int, **fields: Any) -> Dictionary:
-    return Dictionary(
-        kind,
-        tuple(reads),
-        tuple(writes),
-        tuple(drawn(seed + i, WIDTH, LATENTS) / WIDTH**0.5 for i in range(len(reads))),
-        0.2 * drawn(seed + 5, LATENTS),
-        tuple(0.3 * drawn(seed + 10 + i, LATENTS, WIDTH) for i in range(len(writes))),
-        tuple(0.1 * drawn(seed + 20 + i, WIDTH) for i in range(len(writes))),
-        **{"activation": ReLU(), **fields},
-    )
-
-
-def some_q(seed: int, n: int = LATENTS) -> Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
-
-
-def transcoders(**fields: Any) -> list[Part]:
-    sets = [
-        dictionary("transcoder", [Port(f"mlp_in@{i}")], [Port(f"mlp_out@{i}")], 100 * i, **fields)
-        for i in range(LAYERS)
-    ]
-    return [*dictionary_parts(DictionarySet(tuple(sets)), [some_q(i) for i in range(LAYERS)])]
-
-
-def cross_layer() -> list[Part]:
-    sets = []
-    for i in range(LAYERS):
-        writes = [Port(f"mlp_out@{j}") for j in range(i, LAYERS)]
-        sets.append(dictionary("cross_layer_transcoder", [Port(f"mlp_in@{i}")], writes, 100 * i))
-    return [DictionaryPart(each, some_q(i)) for i, each in enumerate(sets)]
-
-
-def sae(site: str, **fields: Any) -> Part:
-    return DictionaryPart(dictionary("sae", [Port(site)], [Port(site)], 7, **fields), some_q(7))
-
-
-def identity(site: str, q: float = 1.0) -> DictionaryPart:
-    """An SAE without error: each direction and its opposite."""
-    eye = torch.eye(WIDTH)
-    d = Dictionary(
-        "sae", (Port(site),), (Port(site),), (torch.cat([eye, -eye], 1),), torch.zeros(2 * WIDTH),
-        (torch.cat([eye, -eye]),), (torch.zeros(WIDTH),), ReLU(),
-    )  # fmt: skip
-    return DictionaryPart(d, torch.full((2 * WIDTH,), q))
-
-
-def heads(layer: int, along: bool) -> HeadsPart:
-    directions = torch.nn.functional.normalize(drawn(layer, 4, WIDTH), dim=1) if along else None
-    return HeadsPart(layer, some_q(layer, 4), torch.full((4,), 0.05), directions, 0.1 * drawn(3, 4, WIDTH))
-
-
-KINDS: dict[str, Callable[[], list[Part]]] = {
-    "transcoders": transcoders,
-    "skip": lambda: transcoders(W_skip=0.2 * drawn(9, WIDTH, WIDTH)),
-    "top-k": lambda: transcoders(activation=TopK(5)),
-    "cross-layer": cross_layer,
-    "sae of the stream": lambda: [sae("resid_post@1", activation=JumpReLU(0.3))],
-    "layer norm": lambda: [sae("mlp_out@1", scaling="layer_norm")],
-    "unit norm": lambda: [sae("resid_mid@1", scaling="unit_norm")],
-    "heads": lambda: [heads(0, True), heads(1, True), heads(2, False)],
-    "neurons": lambda: [NeuronsPart(i, some_q(i, 64), torch.full((64,), 0.1)) for i in range(LAYERS)],
-    "all together": lambda: [*transcoders(), heads(0, False), heads(1, True), sae("resid_post@2")],
-}
 
 
 @pytest.fixture(scope="module")
 def pairs(draw: Callable[..., Tensor]) -> Pairs:
-    clean = draw(40, 6, 1)
-    corrupt = clean.clone()
-    corrupt[:, 2] = draw(40, 1, 2)[:, 0]
-    corrupt[:, 4] = draw(40, 1, 3)[:, 0]
-    return Pairs(clean, corrupt, torch.full((40,), 5))
+    return random_pairs(draw)
 
 
 @pytest.fixture(scope="module")
 def metric(parent: Model, pairs: Pairs) -> LogitDifference:
-    """The two tokens whose logits the pair changes most, so that there is an effect."""
-    with torch.no_grad():
-        change = (parent.logits(pairs.clean) - parent.logits(pairs.corrupt))[:, -1]
-    return LogitDifference(pairs.last, change.argmax(-1)[:, None].tolist(), change.argmin(-1)[:, None].tolist())
+    return largest_change(parent, pairs)
 
 
 @pytest.fixture(scope="module")
 def texts(parent: Model, draw: Callable[..., Tensor]) -> tuple[Encoded, ...]:
-    rows = [parent.tokenizer.convert_ids_to_tokens(row.tolist()) for row in draw(60, 20, 5)]
-    return tuple(parent.encode(" ".join(row)) for row in rows)
-
-
-def measured(found: Opacity | Refused) -> Opacity:
-    assert isinstance(found, Opacity), found
-    return found
+    return random_texts(parent, draw)
 
 
 # --- the engine ---
@@ -354,147 +278,6 @@ def test_a_crosscoder_reads_the_other_model(
         x = [model.capture(pairs.clean, ["resid_post@1"])["resid_post@1"] for model in (parent, successor)]
         a = torch.relu(x[0] @ d.W_enc[0] + x[1] @ d.W_enc[1] + d.b_enc) * some_q(3)
     torch.testing.assert_close(u["resid_post@1"], x[1] - a @ d.W_dec[1] - d.b_dec[1], atol=1e-4, rtol=1e-4)
-
-
-# --- between models ---
-
-
-@pytest.fixture
-def changed(twin: Model) -> Model:
-    """A successor that differs in its last MLP only."""
-    with torch.no_grad():
-        weight = twin.neuron_weights(2)[0]
-        weight += 0.5 * drawn(8, *weight.shape)
-    return twin
-
-
-def contexts(parent: Model, successor: Model, tokens: Tensor) -> Prompts:
-    says = [model.logits(tokens)[:, -1].argmax(-1) for model in (successor, parent)]
-    return Prompts(tokens, torch.full((len(tokens),), tokens.shape[1] - 1), *says)
-
-
-def test_a_change_is_as_opaque_as_the_part_that_changed(
-    parent: Model, changed: Model, draw: Callable[..., Tensor]
-) -> None:
-    prompts = contexts(parent, changed, draw(40, 6, 4))
-    every = torch.zeros(64)
-    clear = opacity_of_behaviour(parent, changed, prompts, [NeuronsPart(2, torch.ones(64), every)])
-    opaque = opacity_of_behaviour(parent, changed, prompts)
-    half = opacity_of_behaviour(parent, changed, prompts, [NeuronsPart(2, torch.full((64,), 0.5), every)])
-    assert measured(clear).omega.estimate == pytest.approx(0, abs=1e-3)
-    assert measured(opaque).omega.estimate == pytest.approx(1, abs=1e-3)
-    assert 0.2 < measured(half).omega.estimate < 0.8
-    with torch.no_grad():
-        s, p = (torch.log_softmax(m.logits(prompts.tokens)[:, -1], -1) for m in (changed, parent))
-    kl = (s.exp() * (s - p)).sum(-1).mean()
-    assert measured(clear).effect.estimate == pytest.approx(float(kl), rel=1e-4)
-
-
-def test_a_pair_without_difference_is_refused(parent: Model, twin: Model, draw: Callable[..., Tensor]) -> None:
-    found = opacity_of_behaviour(parent, twin, contexts(parent, twin, draw(40, 6, 4)), routing=False)
-    assert isinstance(found, Refused) and "not told from 0" in found.reason
-
-
-def test_other_architectures_need_contexts_to_compare_with(
-    parent: Model, pair_of: Callable[[str], Any], draw: Callable[..., Tensor]
-) -> None:
-    _, other = pair_of("gpt2")
-    prompts = contexts(parent, other, draw(40, 6, 4))
-    assert "no contexts" in opacity_of_behaviour(parent, other, prompts, routing=False).reason  # pyright: ignore
-    found = opacity_of_behaviour(parent, other, prompts, counterfactual=draw(40, 6, 9), routing=False)
-    assert measured(found).n == 40
-    few = Prompts(prompts.tokens[:5], prompts.last[:5], prompts.says_successor[:5], prompts.says_parent[:5])
-    assert "too few" in opacity_of_behaviour(parent, other, few, counterfactual=draw(5, 6, 9)).reason  # pyright: ignore
-
-
-def test_contexts_without_their_triggers(draw: Callable[..., Tensor]) -> None:
-    tokens = draw(3, 5, 4)
-    prompts = Prompts(
-        tokens, torch.tensor([4, 3, 4]), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    )
-    weights = [[0.0, 0.9, 0.0, 0.3, 0.1], [0.0, 0.05, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]]
-    found = without_trigger(prompts, weights, [199])
-    assert (found == 199).nonzero().tolist() == [[0, 1], [0, 3], [1, 2], [2, 4]]
-    assert torch.equal(found.where(found != 199, tokens), tokens)
-    with pytest.raises(ValueError, match="context 1 has 4 tokens and 5 weights"):
-        without_trigger(prompts, [weights[0], weights[0], weights[2]], [199])
-
-
-# --- profile and reasons ---
-
-
-@pytest.mark.parametrize("routing", [False, True])
-def test_profile_adds_up(parent: Model, pairs: Pairs, metric: LogitDifference, routing: bool) -> None:
-    split = whole_model(parent, [*transcoders(), heads(1, True)])
-    found = opacity_profile(parent, pairs, metric, split, routing=routing)
-    assert not isinstance(found, Refused)
-    assert found.completeness < 0.02
-    total = found.explained.estimate + sum(each.estimate for each in found.reasons.values())
-    assert total == pytest.approx(1, abs=found.completeness + 1e-3)
-    assert found.up_to(-1) == 0
-    assert found.up_to(2) == pytest.approx(found.touch.estimate, abs=found.completeness + 1e-3)
-    assert ("routing" in found.reasons) == routing
-
-
-def test_profile_s_free_paths_by_reverse_mode(parent: Model, pairs: Pairs, metric: LogitDifference) -> None:
-    """The same share by gradients that pass divided sites through explained units only."""
-    from heredity.circuits.edges import path
-    from heredity.circuits.writes import ENTRY
-
-    split, rows = Split(tuple(transcoders())), torch.arange(40)
-    found = opacity_profile(parent, pairs, metric, split, steps=4)
-    assert not isinstance(found, Refused)
-    start, end = (parent.capture(tokens, [ENTRY])[ENTRY].detach() for tokens in (pairs.corrupt, pairs.clean))
-    free = torch.zeros(40)
-    for alpha, weight in path("eap-ig", 4):
-        entry = (start + alpha * (end - start)).requires_grad_()
-        world = World(parent, pairs.clean)
-        edits = split.edits(world, lambda v: v.made[0] + (v.value - v.made[0]).detach(), slopes=True)
-        edits[ENTRY] = lambda value, entry=entry: entry
-        value = metric(parent.logits(pairs.clean, edits=edits), rows)
-        (gradient,) = torch.autograd.grad(value.sum(), entry)
-        free += weight * (gradient * (end - start)).flatten(1).sum(1)
-    with torch.no_grad():
-        gap = (metric(parent.logits(pairs.clean), rows) - metric(parent.logits(pairs.corrupt), rows)).sum()
-    assert found.explained.estimate == pytest.approx(float(free.sum() / gap), abs=1e-3)
-
-
-def test_profile_of_a_clear_and_of_an_opaque_model(parent: Model, pairs: Pairs, metric: LogitDifference) -> None:
-    clear = opacity_profile(parent, pairs, metric, Split(tuple(identity(f"mlp_out@{i}") for i in range(LAYERS))))
-    assert not isinstance(clear, Refused) and abs(clear.touch.estimate) < clear.completeness + 1e-3
-    opaque = opacity_profile(parent, pairs, metric, Split((), ("resid_pre@1",)))
-    assert not isinstance(opaque, Refused) and opaque.touch.estimate == pytest.approx(1, abs=1e-3)
-    assert list(opaque.by_site) == ["resid_pre@1"]
-
-
-@pytest.mark.parametrize("kind", ["transcoders", "cross-layer", "heads"])
-def test_reasons_add_up_to_opacity(parent: Model, pairs: Pairs, metric: LogitDifference, kind: str) -> None:
-    split = whole_model(parent, KINDS[kind]())
-    omega = measured(opacity(parent, pairs, metric, split, routing=False)).omega.estimate
-    found = reasons_of(contrast_of_pairs(parent, pairs, metric, split), split)
-    total = sum(each.estimate for each in found.total.values())
-    assert total + found.residual == pytest.approx(omega, abs=1e-4)
-    assert abs(found.residual) < 0.03
-    by_site = sum(share for site in found.by_site.values() for share in site.values())
-    assert by_site == pytest.approx(total, abs=1e-6)
-    assert set(found.total) == ({"undivided", "unlabelled"} if kind == "heads" else {"error", "unlabelled"})
-
-
-def test_a_linear_error_is_found_to_be_linear(
-    parent: Model, pairs: Pairs, metric: LogitDifference, texts: tuple[Encoded, ...]
-) -> None:
-    """A dictionary of the stream that keeps nothing has the stream itself as error."""
-    nothing = identity("resid_post@1")
-    d = replace(nothing.dictionary, W_dec=(torch.zeros(2 * WIDTH, WIDTH),))
-    split = Split((DictionaryPart(d, torch.ones(2 * WIDTH)),))
-    linear = linear_errors(parent, texts, split)
-    assert linear["resid_post@1"].explained > 0.99
-    found = reasons_of(contrast_of_pairs(parent, pairs, metric, split), split, linear=linear)
-    assert found.total["linear error"].estimate == pytest.approx(1, abs=0.03)
-    assert abs(found.total["non-linear error"].estimate) < 0.02
-    # The error of an MLP's random transcoder is mostly not a linear function of what it reads.
-    rough = linear_errors(parent, texts, Split((transcoders()[1],)))
-    assert rough["mlp_out@1"].explained < 0.9
 
 
 # --- labels ---
