@@ -135,7 +135,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("[" * 3000, "not valid YAML"),
         (b"\xff\xfe\x00", "UTF-8"),
         (
-            'version: 1\nprinciples: [{id: "\\ud800", examples: [{clean: a, counterfactual: b, keeps: c, violates: d}]}]',
+            'version: 1\nprinciples: [{id: "\\ud800", examples: [{clean: a, counterfactual: b, keeps: c}]}]',
             "",
         ),
     ],
