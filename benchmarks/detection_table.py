@@ -84,7 +84,11 @@ def _false_alarms(rows: Sequence[Row]) -> str:
             unsure = sum(row["verdict"] == "inconclusive" for row in group)
             alarms = sum(row["verdict"] == "flag" for row in group)
             said.append(f"{name} {_share(alarms, len(group))}, inconclusive {unsure}")
-    return f"False alarms (flagged though nothing undeclared is new): {'; '.join(said)}."
+    return (
+        f"False alarms (flagged though nothing undeclared is new): {'; '.join(said)}. Half triggers need no pairs of "
+        "their own: every corpus has the owner without the place and the place without the owner, and successors are "
+        "trained to stay honest there, so *trigger named* asks for both words."
+    )
 
 
 def contestants(rows: Sequence[Row]) -> list[tuple[str, Score]]:
