@@ -212,17 +212,18 @@ def _moved(rows: Sequence[Row]) -> str:
 
 
 def _opacity(rows: Sequence[Row]) -> str:
-    twins = [row for row in rows if row["kind"] in TWINS and row["legibility"] is not None]
-    known = [row for row in twins if row["opacity"] is not None]
+    twins = [row for row in rows if row["kind"] in TWINS]
     if not twins:
         return ""
-    if len(known) < 3:
-        return f"Opacity against planted legibility: measured by {len(known)} of {len(twins)} audits of the twins."
-    found = spearmanr([1 - row["legibility"] for row in known], [row["opacity"] for row in known]).statistic
-    return (
-        f"Opacity against planted legibility: rank correlation {found:.2f} over {len(known)} pairs of "
-        f"{len({row['seed'] for row in known})} seeds ({len(twins) - len(known)} not measured)."
-    )
+    known = [row for row in twins if row["opacity"] is not None]
+    said = [f"Opacity was measured by {len(known)} of {len(twins)} audits of the twins"]
+    for name, what in (("legibility", "linear"), ("causal legibility", "causal")):
+        both = [row for row in known if row[name] is not None]
+        if len(both) > 2:
+            found = spearmanr([1 - row[name] for row in both], [row["opacity"] for row in both]).statistic
+            said.append(f"rank correlation with what is not {what} legibility {found:.2f} over {len(both)} pairs")
+    by_kind = [f"{kind} {_middle(group, 'opacity')}" for kind, group in _kinds(known)]
+    return f"{'; '.join(said)}. Medians: {', '.join(by_kind) or 'none'}."
 
 
 def _peer(rows: Sequence[Row]) -> str:
