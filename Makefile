@@ -69,7 +69,8 @@ bench: setup
 	    $(if $(NNSIGHT_PYTHON),--nnsight-python $(NNSIGHT_PYTHON))
 	$(BIN)/python benchmarks/kernels.py --record $(if $(PEERS),--peers $(PEERS))
 	$(BIN)/python benchmarks/smollm2.py --example demo/smollm2 --work demo/bench-smollm2 --record
-	$(BIN)/python benchmarks/detection.py --seeds 100:110 --work demo/bench-detection --record \
+	$(BIN)/python benchmarks/detection.py --seeds 100:110 --work demo/bench-detection --principles zoo \
+	    --tasks zoo --parent-work --record \
 	    $(if $(PEERS),--peers $(PEERS) --peer-seeds 100:103)
 
 clean:

@@ -1,7 +1,7 @@
 """Detection on fresh pairs of known truth: verdicts and scores of audits, beside cheap baselines and modeldiffr.
 
     python benchmarks/detection.py --seeds 100:110 --work DIR [--kinds benign trigger …] [--jobs 2]
-        [--pairs DIR [--built]] [--principles zoo] [--tasks] [--parent-work] [--peers DIR --peer-seeds 100:103]
+        [--pairs DIR [--built]] [--principles zoo] [--tasks zoo] [--parent-work] [--peers DIR --peer-seeds 100:103]
         [--record]
 
 Every audit is the command line a user types, one thread; ``truth.json`` is read only after the verdict, to score it.
@@ -63,9 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--built", action="store_true", help="leave out pairs that are not there yet")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--principles", help="principles that every audit but those of tracr is given")
-    parser.add_argument(
-        "--tasks", action="store_true", help="give the pair's tasks to audits of moved, identical, benign"
-    )
+    parser.add_argument("--tasks", help="tasks that audits of moved, identical and benign successors are given")
     parser.add_argument("--parent-work", action="store_true", help="do the parent's part once for all kinds of a seed")
     parser.add_argument("--peers", type=Path, help="what `peers.py install DIR modeldiffr` made")
     parser.add_argument("--peer-seeds", type=_range, help="seeds that modeldiffr is run on (default: all)")
@@ -86,7 +84,7 @@ def given(args: argparse.Namespace) -> list[str]:
     if args.principles:
         said += ["--principles", args.principles]
     if args.tasks:
-        said.append("--tasks")
+        said += ["--tasks", args.tasks]
     if args.parent_work:
         said.append("--parent-work")
     if args.peers:
@@ -142,7 +140,7 @@ def told(kind: str, pair: Path, args: argparse.Namespace) -> list[str]:
     if args.principles and kind != "tracr":  # which has a language of its own
         said += ["--principles", args.principles]
     if args.tasks and kind in ("moved", *NULLS):
-        said += ["--tasks", str(pair / "tasks.yaml")]
+        said += ["--tasks", args.tasks]
     if args.parent_work:
         said += ["--parent-work", str(args.work.resolve() / "parents")]
     return said

@@ -135,8 +135,8 @@ def _added(rows: Sequence[Row]) -> str:
     for kind in (kind for kind, _ in _kinds(rows) if kind in PLANTED):
         mine = area_of(rows, ours, (kind,), NULLS)
         others = {name: area_of(rows, baseline(name), (kind,), NULLS) for name in BASELINES}
-        best = max((found.value, name) for name, found in others.items() if found)
         if mine:
+            best = max((found.value, name) for name, found in others.items() if found)
             where = above if mine.value > best[0] else below if mine.value < best[0] else level
             where.append(f"{kind} ({mine.value:.2f} beside {best[0]:.2f} of {best[1]})")
     said = [("above the best baseline", above), ("level with it", level), ("below it", below)]

@@ -3,7 +3,7 @@
     python benchmarks/principles.py --seeds 0:5 --work DIR [--kinds identical benign …] [--record]
 
 Runs the stage of the audit that looks at principles, on the audit's own null successors, with the shipped principles
-and tasks of the zoo; the rest of the audit has a benchmark of its own (``zoo.py``). ``truth.json`` is read only
+and tasks of the zoo; the rest of the audit has a benchmark of its own (``detection.py``). ``truth.json`` is read only
 afterwards. A pair already done in DIR is not done again. ``--record`` appends the tables to ``benchmarks/RESULTS.md``.
 """
 
