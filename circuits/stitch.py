@@ -87,12 +87,14 @@ def fit(model: Model, other: Model, texts: Sequence[tuple[Tensor, Tensor]], node
     centre, scale = x[:second].mean(0), x[:second].std(0).clamp_min(1e-6)
     means = y[:second].mean(0)
     x, flat = (x - centre) / scale, (y - means).flatten(1)
+    gram, product = x[:first].T @ x[:first], x[:first].T @ flat[:first]
     tried = {}
     for penalty in PENALTIES:
-        weights = ridge(x[:first], flat[:first], penalty)
+        weights = solved(gram, product, penalty)
         tried[penalty] = float((x[first:second] @ weights - flat[first:second]).square().sum())
     best = min(tried, key=lambda penalty: tried[penalty])
-    weights = ridge(x[:second], flat[:second], best)
+    gram += x[first:second].T @ x[first:second]
+    weights = solved(gram, product + x[first:second].T @ flat[first:second], best)
     missed = (flat[second:] - x[second:] @ weights).reshape(-1, *y.shape[1:]).square().sum((0, 2))
     whole = flat[second:].reshape(-1, *y.shape[1:]).square().sum((0, 2))
     split = weights.reshape(len(weights), *y.shape[1:])
@@ -108,11 +110,9 @@ def fit(model: Model, other: Model, texts: Sequence[tuple[Tensor, Tensor]], node
     )
 
 
-def ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """argmin over W of ‖x·W − y‖² + penalty·‖W‖², [F, d]."""
-    gram = x.T @ x
-    gram.diagonal().add_(penalty)
-    return torch.linalg.solve(gram, x.T @ y)
+def solved(gram: Tensor, product: Tensor, penalty: float) -> Tensor:
+    """argmin over W of ‖x·W − y‖² + penalty·‖W‖², [F, d], given xᵀx and xᵀy."""
+    return torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), product)
 
 
 def emergence_across(model: Model, other: Model, prompts: Prompts, stitch: Stitch, seed: int) -> Emergence:

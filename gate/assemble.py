@@ -25,7 +25,7 @@ from .benign_null import benign_null
 from .budget import Budget
 from .counterparts import Mechanisms
 from .latents import with_latents
-from .mechanisms import Counterparts, by_site, shares, with_inherited
+from .mechanisms import Counterparts, shares, with_inherited
 from .opacity import with_opacity
 from .opacity_plan import Plan
 from .policy import Loaded
@@ -94,7 +94,6 @@ class Measured:
     tokens: int
     compared: int
     kl_in_behaviours: float
-    sites: dict[str, float] | NotMeasured
     principles: tuple[PrincipleRecord, ...]
     tasks: tuple[TaskRecord, ...]
 
@@ -167,7 +166,6 @@ def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
         tokens=sum(len(item.parent.ids) for item in items),
         compared=len(kl),
         kl_in_behaviours=tidy(inside / kl.sum()) if kl.sum() > 0 else 0.0,
-        sites=by_site(s, scanned["corpus"].pieces),
         principles=principles,
         tasks=tasks,
     )

@@ -48,6 +48,12 @@ NOT_MEASURED = (
 PRINCIPLES = "none were named with --principles, so a lost behaviour is seen only where the audited text exercises it"
 
 
+SITES = (
+    "whole sites that changed together do harm when one of them is exchanged alone (shares far below 0 were seen), so "
+    "no share of one site means anything"
+)
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked for."""
@@ -172,7 +178,7 @@ def run(
             tokens=measured.tokens,
             compared_tokens=measured.compared,
             kl_in_behaviours=measured.kl_in_behaviours,
-            sites=measured.sites,
+            sites=NotMeasured(reason=SITES),
         ),
         drift=measured.drift,
         policy=_policy(rules, measured.behaviours),

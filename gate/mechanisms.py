@@ -8,18 +8,16 @@ import numpy as np
 from torch import Tensor
 
 from heredity.circuits.attribution import prompts_of
-from heredity.circuits.behaviours import Cluster, Piece
+from heredity.circuits.behaviours import Cluster
 from heredity.circuits.components import Donor, Node, nodes_of
 from heredity.circuits.divergence import Window
 from heredity.circuits.inheritance import OUTER, Emergence, Means, emergence, exchanged, mean_writes
 from heredity.circuits.intervals import Interval as Measured
 from heredity.circuits.matching import Matching, by_identity, match_nodes
 from heredity.circuits.reversion import matched
-from heredity.circuits.site_shares import site_shares
 from heredity.circuits.stitch import Stitch, emergence_across, fit, ordinary
 from heredity.circuits.transplant import parents_values, side_effects, transplant
 from heredity.interp.capture import batches
-from heredity.interp.errors import ModelError
 from heredity.interp.model import Encoded, Model, pad
 
 from .counterparts import Held, Mechanisms, Stitching
@@ -38,9 +36,7 @@ CONTROLS = 9
 """Random sets beside the transplant and the side effects (on large models a third)."""
 CONTEXTS, NODES = 4, 8
 """Contexts and nodes on large models, at the quick budget; small ones measure all."""
-LOUDEST = 24
-"""Texts, those with most divergence, on which whole sites are exchanged."""
-STITCH_TOKENS, LEAST_TOKENS = 6000, 500
+STITCH_TOKENS, LEAST_TOKENS = 4000, 500
 """Of text without the behaviour that a stitch is fitted on, and below which none is."""
 LEAST_FORETOLD = 0.5
 """A stitch must keep this much of what nodes do on ordinary text, lower end, before it says that something is new."""
@@ -203,21 +199,6 @@ class Counterparts:
         s = self.s
         few = [s.successor.encode(text) for text in self.quiet[: QUIET_TEXTS // (1 if s.sizes.small else 3)]]
         return _padded(few, s.sizes.batch_tokens)
-
-
-def by_site(s: "Setting", scanned: Sequence[Piece]) -> dict[str, float] | NotMeasured:
-    """Share of the divergence on the corpus that each site carries, on the texts with most of it."""
-    if not s.same_parameters:
-        return NotMeasured(reason="the models' parts do not correspond, so no site of one can be put into the other")
-    if not s.sizes.small:
-        return NotMeasured(reason="needs a forward for every site, which is only spent on small models")
-    loudest = sorted(range(len(scanned)), key=lambda i: (-sum(scanned[i].scan.kl), i))[:LOUDEST]
-    tokens, mask = pad([scanned[i].successor.ids for i in loudest])
-    try:
-        found = s.work.step("sites", lambda: site_shares(s.parent, s.successor, tokens, mask))
-    except ModelError as error:
-        return NotMeasured(reason=error.what)
-    return {site: tidy(share) for site, share in found.items()}
 
 
 def shares(found: Mechanisms | NotMeasured) -> dict[str, Estimate]:

@@ -286,8 +286,7 @@ class Coverage(Record):
     kl_in_behaviours: float
     """Share of the total KL(successor‖parent) on the corpus that lies in the listed behaviours."""
     sites: dict[str, float] | NotMeasured
-    """Share of the divergence, on the corpus texts that hold most of it, that closes when the parent's values are put
-    in at a whole site. Shares overlap and need not add up to 1."""
+    """Share per site."""
 
 
 class Drift(Record):
