@@ -44,15 +44,14 @@ def test_dictionaries_that_do_not_fit_are_refused(tiny_model: Model, tmp_path: P
 
 
 def test_an_audit_measures_opacity_where_it_traced_a_circuit(flagged: Any) -> None:
-    record = json.loads(flagged[0].stdout)
+    record = json.loads((flagged[1] / "audit.json").read_text())
     finding = record["findings"][0]
     behaviour = next(b for b in record["behaviours"] if b["id"] == finding["behaviour"])
     share, detail = behaviour["opacity"], behaviour["opacity_detail"]
     assert finding["opacity"] == share and share["status"] == detail["status"] == "measured" and share["n"] >= 30
     assert share["low"] <= share["estimate"] <= share["high"]
-    assert share["estimate"] == pytest.approx(
-        (detail["needed"]["estimate"] + detail["alone"]["estimate"]) / 2, abs=1e-4
-    )
+    terms = [detail[name]["estimate"] for name in ("needed", "alone")]
+    assert share["estimate"] == pytest.approx(sum(terms) / 2, abs=1e-4)
     # Reasons, the residual and the sites tell of one and the same share.
     reasons = {each["name"]: each["share"]["estimate"] for each in detail["reasons"]}
     assert sum(reasons.values()) + detail["residual"] == pytest.approx(share["estimate"], abs=1e-3)
