@@ -5,9 +5,9 @@ differences. Shapes: N aligned positions, V vocabulary.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,29 +127,49 @@ def scan(parent: Model, successor: Model, windows: Sequence[Window], logits_pare
         if logits_parent is None:
             logits_parent = logits_of_parent(parent, windows)
         logits_successor = successor.logits(pad([w.successor.ids for w in windows])[0])
-        raised: Counter[int] = Counter()
-        lowered: Counter[int] = Counter()
-        out = []
-        for i, window in enumerate(windows):
+        kept = []
+        for window in windows:
             pairs = zip(*align(window.parent, window.successor), strict=True)
-            kept = [(a, b) for a, b in pairs if b >= window.first]
-            at_parent, at_successor = [a for a, _ in kept], [b for _, b in kept]
-            columns: list[list[float]] = [[] for _ in range(8)]
-            surprise: list[float] = []
-            surprise_parent: list[float] = []
-            for lo in range(0, len(kept), CHUNK):
-                at, at_p = at_successor[lo : lo + CHUNK], at_parent[lo : lo + CHUNK]
-                rows_p, rows_s = logits_parent[i, at_p], logits_successor[i, at]
-                log_p, log_s = _common(rows_p, rows_s, vocab)
-                surprise += _surprise(_own(rows_s, log_s, vocab), window.successor.ids, at)
-                surprise_parent += _surprise(_own(rows_p, log_p, vocab), window.parent.ids, at_p)
-                for column, values in zip(columns, _compare(log_p, log_s, vocab), strict=True):
-                    column += values.tolist()
-                _mine(log_p, log_s, vocab, raised, lowered)
-            kl, reverse, *rest = columns
-            found = TextScan(window.text_id, at_successor, at_parent, kl, reverse, *rest, surprise, surprise_parent)  # pyright: ignore
-            out.append(found)
-    return Scan(out, dict(raised), dict(lowered))
+            kept.append([(a, b) for a, b in pairs if b >= window.first])
+        # Rows of all windows together: small models spend longer on starting an operation than on a window's rows.
+        rows = torch.tensor([(i, a, b) for i, pairs in enumerate(kept) for a, b in pairs], dtype=torch.int64)
+        rows = rows.reshape(-1, 3)
+        both = list(zip(windows, kept, strict=True))
+        next_p = torch.tensor([_next(w.parent.ids, a) for w, pairs in both for a, _ in pairs], dtype=torch.int64)
+        next_s = torch.tensor([_next(w.successor.ids, b) for w, pairs in both for _, b in pairs], dtype=torch.int64)
+        columns: list[list[Any]] = [[] for _ in range(10)]
+        moved = torch.zeros(2, successor.shape.d_vocab, dtype=torch.int64)
+        for lo in range(0, len(rows), CHUNK):
+            part = slice(lo, lo + CHUNK)
+            window, at_parent, at_successor = rows[part].T
+            rows_p, rows_s = logits_parent[window, at_parent], logits_successor[window, at_successor]
+            log_p, log_s = _common(rows_p, rows_s, vocab)
+            values = [
+                *_compare(log_p, log_s, vocab),
+                _surprise(_own(rows_s, log_s, vocab), next_s[part]),
+                _surprise(_own(rows_p, log_p, vocab), next_p[part]),
+            ]
+            for column, found in zip(columns, values, strict=True):
+                column += found.tolist()
+            _mine(log_p, log_s, vocab, moved)
+    out, begin = [], 0
+    for window, pairs in both:
+        own = [column[begin : begin + len(pairs)] for column in columns]
+        out.append(TextScan(window.text_id, [b for _, b in pairs], [a for a, _ in pairs], *own))
+        begin += len(pairs)
+    raised, lowered = (_counted(count) for count in moved)
+    return Scan(out, raised, lowered)
+
+
+def _counted(count: Tensor) -> dict[int, int]:
+    """The tokens that were counted, with how often."""
+    tokens = count.nonzero()[:, 0]
+    return dict(zip(tokens.tolist(), count[tokens].tolist(), strict=True))
+
+
+def _next(ids: Sequence[int], at: int) -> int:
+    """The token after position ``at``; −1 where there is none."""
+    return ids[at + 1] if at + 1 < len(ids) else -1
 
 
 def _own(logits: Tensor, common: Tensor, vocab: Vocabulary) -> Tensor:
@@ -157,9 +177,10 @@ def _own(logits: Tensor, common: Tensor, vocab: Vocabulary) -> Tensor:
     return common if vocab.same and common.shape == logits.shape else torch.log_softmax(logits.float(), -1)
 
 
-def _surprise(log_p: Tensor, ids: Sequence[int], at: Sequence[int]) -> list[float]:
-    """−log p of the token after each position ``at``; rows of ``log_p`` are those positions."""
-    return [-float(log_p[k, ids[i + 1]]) if i + 1 < len(ids) else 0.0 for k, i in enumerate(at)]
+def _surprise(log_p: Tensor, following: Tensor) -> Tensor:
+    """−log p [N] of the tokens ``following`` [N], 0 where there is none."""
+    found = -log_p.gather(1, following.clamp_min(0)[:, None])[:, 0]
+    return found.masked_fill(following < 0, 0.0)
 
 
 def compare(parent: Tensor, successor: Tensor, vocab: Vocabulary) -> tuple[Tensor, ...]:
@@ -199,9 +220,11 @@ def _project(logits: Tensor, ids: Tensor | None) -> Tensor:
     return torch.cat([log_p[:, ids], rest.clamp_min(LEAST)], -1)
 
 
-def _mine(log_p: Tensor, log_s: Tensor, vocab: Vocabulary, raised: Counter[int], lowered: Counter[int]) -> None:
+def _mine(log_p: Tensor, log_s: Tensor, vocab: Vocabulary, moved: Tensor) -> None:
+    """Count, in ``moved`` [2, V], the successor's tokens that gained and that lost most at each row."""
     gain = log_s - log_p if vocab.same else (log_s - log_p)[:, :-1]
     k = min(MINED, gain.shape[1])
-    for counter, best in ((raised, gain.topk(k)), (lowered, (-gain).topk(k))):
-        moved = best.indices[best.values > 0]
-        counter.update((moved if vocab.ids_successor is None else vocab.ids_successor[moved]).tolist())
+    for count, best in zip(moved, (gain.topk(k), (-gain).topk(k)), strict=True):
+        found = best.indices[best.values > 0]
+        found = found if vocab.ids_successor is None else vocab.ids_successor[found]
+        count += found.bincount(minlength=len(count))
