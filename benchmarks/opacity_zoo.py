@@ -1,0 +1,123 @@
+"""Opacity of one and the same new skill, planted readable to different degrees (``heredity zoo build legible:SHARE``).
+
+    python benchmarks/opacity_zoo.py PAIR… [--seeds 1] [--record]
+
+What an audit does (sparse autoencoders of every attention and MLP output trained on the corpus, the units that carry
+most explained, Ω against the parent), but at the answers ``double : N ; M`` alone: an audit takes whole episodes, and
+most of their divergence lies in the marks behind ``double``, which these pairs do not plant. Planted truth is
+``legibility`` (how much of what layers write a linear map reads) and ``effect_kept_when_exchanged`` (how much of the
+answer the number alone carries, by intervention), read from ``truth.json`` for the table, the latter measured here
+where an older pair lacks it.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+
+from heredity.circuits.attribution import Prompts
+from heredity.circuits.opacity import contrast_of_models, measure
+from heredity.circuits.opacity_dictionaries import site_sae
+from heredity.circuits.opacity_estimate import Opacity
+from heredity.circuits.opacity_labels import values_at
+from heredity.circuits.opacity_sizes import rank_units
+from heredity.circuits.opacity_split import whole_model
+from heredity.circuits.opacity_units import latent_pool, strongest
+from heredity.interp import load
+from heredity.interp.explain.contexts import Contexts
+from heredity.zoo import twins
+from heredity.zoo.directory import load as load_weights
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+LATENTS, STEPS, EXPLAINED, PROMPTS = 128, 200, 64, 40
+
+
+def measured(pair: Path, seed: int) -> tuple[Opacity, Opacity]:
+    """Ω at the answers, and Ω if every latent were explained."""
+    parent, successor = load(str(pair / "parent")), load(str(pair / "successor"))
+    lines = (pair / "corpus.jsonl").read_text("utf-8").splitlines()
+    texts = [successor.encode(json.loads(line)["text"]) for line in lines]
+    double = successor.encode("double").ids[-1]
+    rows, rest = [], []
+    for text in texts:
+        at = [i for i, token in enumerate(text.ids) if token == double and i + 3 < len(text.ids)]
+        if at and len(rows) < PROMPTS:
+            rows.append(text.ids[: at[len(at) // 2] + 4])
+        else:
+            rest.append(text)
+    width = max(map(len, rows))
+    last = torch.tensor([len(row) - 1 for row in rows])
+    prompts = Prompts(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), last, last, last)
+    sites = [f"{kind}@{layer}" for layer in range(successor.shape.n_layers) for kind in ("attn_out", "mlp_out")]
+    seen = [values_at(model, rest, sites) for model in (parent, successor)]
+    dictionaries = [
+        site_sae([values[site] for values in seen], site, latents=LATENTS, steps=STEPS, seed=seed) for site in sites
+    ]
+    pool = latent_pool(dictionaries, lambda _, port: seen[1][port.site], Contexts(tuple(rest)), seed=0)
+    split = whole_model(successor, pool.units, heads=True, side=1)
+    contrast = contrast_of_models(parent, successor, prompts, split)
+    pool.explain(strongest(rank_units(contrast, split), EXPLAINED))
+    parts = pool.parts()
+    found = []
+    for q in (parts, [part.with_q(torch.ones_like(part.q)) for part in parts]):
+        each = measure(contrast, whole_model(successor, q, heads=True, side=1), controls=0, routing=False)
+        if not isinstance(each, Opacity):
+            raise SystemExit(f"{pair}: {each.reason}")
+        found.append(each)
+    return found[0], found[1]
+
+
+def truth_of(pair: Path) -> tuple[float, float]:
+    """Planted legibility, linear and causal."""
+    said = json.loads((pair / "truth.json").read_text("utf-8"))
+    if "effect_kept_when_exchanged" not in said:
+        said |= twins._measured(*load_weights(pair / "successor"), said["seed"])
+    return said["legibility"], said["effect_kept_when_exchanged"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="+", type=Path)
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of the autoencoders")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    lines = [
+        "\n### Opacity of a skill planted readable to different degrees, at its answers\n",
+        "| pair | legibility, linear | effect the number alone carries | Ω | needed | alone | Ω, all explained |",
+        "|---|---:|---:|---|---|---:|---:|",
+    ]
+    causal, omega, needed = [], [], []
+    for pair in options.pairs:
+        linear, kept = truth_of(pair)
+        for seed in range(options.seeds):
+            found, every = measured(pair, seed)
+            causal.append(kept)
+            omega.append(found.omega.estimate)
+            needed.append(found.needed.estimate)
+            o, n = found.omega, found.needed
+            lines.append(
+                f"| {pair.name} | {linear:.2f} | {kept:.3f} | {o.estimate:.2f} [{o.low:.2f}; {o.high:.2f}] "
+                f"| {n.estimate:.2f} [{n.low:.2f}; {n.high:.2f}] | {found.alone.estimate:.2f} "
+                f"| {every.omega.estimate:.2f} |"
+            )
+            print(lines[-1], flush=True)
+    if len(omega) > 3:
+        ranks = [spearmanr(each, causal)[0] for each in (omega, needed)]
+        lines.append(
+            f"\nRank correlation with the effect the number alone carries, over {len(omega)} rows: Ω {ranks[0]:.2f}, "
+            f"needed {ranks[1]:.2f}."
+        )
+    lines.append(f"\n({time.process_time() - started:.0f} s of processor time, one thread)")
+    print("\n".join(lines))
+    if options.record:
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
