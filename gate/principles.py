@@ -101,7 +101,7 @@ def examine(
         texts: ordinary text, by which parts of models of different shapes are matched.
 
     Raises:
-        TaskError: prompts do not fit the parent.
+        TaskError: prompts of a principle do not fit the parent.
     """
     if not asked.all:
         return (), ()
@@ -111,8 +111,11 @@ def examine(
         s.progress("locating mechanisms", number, total)
         key = mechanism_key(s.parent, task, s.sizes, s.seed)
 
-        def compute(task: Task = task) -> dict[str, Any]:
-            return _or_error(lambda: parent_mechanism(s.parent, task, s.sizes, s.seed), ModelError)
+        # Prompts of a principle that do not fit are a mistake to mend; tasks decide nothing, and one need not cost all.
+        faults = (ModelError,) if number < len(asked.principles) else (ModelError, TaskError)
+
+        def compute(task: Task = task, faults: Any = faults) -> dict[str, Any]:
+            return _or_error(lambda: parent_mechanism(s.parent, task, s.sizes, s.seed), *faults)
 
         found = s.work.step(f"mechanism-{key}", lambda key=key, compute=compute: _kept(s, key, compute))
         located.append(found | {"key": key})
