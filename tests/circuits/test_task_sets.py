@@ -102,6 +102,8 @@ def test_a_task_by_name_and_by_file(written) -> None:
     assert [task.name for task in load_tasks(path)] == ["one"]
 
 
+SURROGATE = """version: 1
+principles: [{id: "\\ud800", examples: [{clean: a, counterfactual: b, keeps: c, violates: d}]}]"""
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
 )
@@ -134,10 +136,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB + "version: 1\nprinciples: *j\n", "principles"),
         ("[" * 3000, "not valid YAML"),
         (b"\xff\xfe\x00", "UTF-8"),
+<<<<<<< HEAD
         (
             'version: 1\nprinciples: [{id: "\\ud800", examples: [{clean: a, counterfactual: b, keeps: c}]}]',
             "",
         ),
+=======
+        (SURROGATE, ""),
+>>>>>>> 97e9d11 (Test lines of a length)
     ],
 )
 def test_a_malformed_file_is_one_line(written, content: Any, words: str) -> None:
