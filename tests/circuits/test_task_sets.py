@@ -136,14 +136,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB + "version: 1\nprinciples: *j\n", "principles"),
         ("[" * 3000, "not valid YAML"),
         (b"\xff\xfe\x00", "UTF-8"),
-<<<<<<< HEAD
-        (
-            'version: 1\nprinciples: [{id: "\\ud800", examples: [{clean: a, counterfactual: b, keeps: c}]}]',
-            "",
-        ),
-=======
         (SURROGATE, ""),
->>>>>>> 97e9d11 (Test lines of a length)
     ],
 )
 def test_a_malformed_file_is_one_line(written, content: Any, words: str) -> None:
