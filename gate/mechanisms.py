@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from .assemble import Setting
 
 MEAN_TOKENS = 1000
-"""Tokens of ordinary text that means are taken over (on large models half)."""
+"""Tokens of ordinary text that means are taken over (on large models a quarter)."""
 QUIET_TEXTS = 8
 """Texts without the behaviour on which side effects are measured (on large models a third)."""
 CONTROLS = 9
-"""Random sets beside the transplant and the side effects (on large models a third)."""
-CONTEXTS, NODES = 4, 8
+"""Random sets beside the transplant and the side effects (on large models, at the quick budget, 2)."""
+CONTEXTS, NODES = 4, 5
 """Contexts and nodes on large models, at the quick budget; small ones measure all."""
 STITCH_TOKENS, LEAST_TOKENS = 4000, 500
 """Of text without the behaviour that a stitch is fitted on, and below which none is."""
@@ -74,7 +74,7 @@ class Counterparts:
         gone = emergence(parent, successor, exchanged(prompts), self._means[1], nodes, seed)
         moved = sorted({*new.carriers(circuit.target), *gone.carriers(circuit.target)})
         rng = np.random.default_rng(seed)
-        count = CONTROLS if sizes.small else CONTROLS // 3
+        count = CONTROLS if sizes.small else 2 * self.level
         given = None
         if moved:
             sets = [matched(moved, list(every.values()), rng) for _ in range(count)]
@@ -127,7 +127,7 @@ class Counterparts:
         if quiet and selected:
             rng = np.random.default_rng(seed)
             inner = [node for node in every.values() if node.kind in ("head", "mlp")]
-            sets = [matched(selected, inner, rng) for _ in range(CONTROLS if sizes.small else CONTROLS // 3)]
+            sets = [matched(selected, inner, rng) for _ in range(CONTROLS if sizes.small else 2 * self.level)]
             cost = side_effects(successor, quiet, [self.means()] * len(quiet), selected, sets, seed)
         return Mechanisms(
             way="function",
@@ -185,7 +185,7 @@ class Counterparts:
         for item in self.items:
             few.append(item.successor)
             tokens += len(item.successor.ids)
-            if tokens >= MEAN_TOKENS // (1 if s.sizes.small else 2):
+            if tokens >= MEAN_TOKENS // (1 if s.sizes.small else 4):
                 break
         text = _padded(few, s.sizes.batch_tokens)
         nodes = nodes_of(s.successor)
