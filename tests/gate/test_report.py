@@ -251,7 +251,7 @@ def test_markdown_of_hostile_text_is_plain(hostile: Audit) -> None:
     assert set(re.findall(r"</?([a-z0-9]+)", rendered)) <= tags
     assert "<!--" not in rendered
     rows = rendered.split("<tbody>")[1].split("</tbody>")[0]
-    assert rows.count("<tr>") == 1 and rows.count("<td>") == 7
+    assert rows.count("<tr>") == 1 and rows.count("<td>") == 8
     assert not re.search(r"https?:/|www\.|\w@\w", summary.markdown(hostile))
     assert len(summary.markdown(hostile)) < 60_000
 
