@@ -176,7 +176,7 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
 
     def behaviour(name: str, title: str, **changed: Any) -> r.Behaviour:
         values: dict[str, Any] = dict(  # noqa: C408
-            id=say(name),
+            id=name + say(""),
             source="corpus",
             title=say(title),
             kind="replaced",
