@@ -6,8 +6,11 @@ loss of any null successor, and how far the parent's own effect differs between 
 is *broken* where the parent keeps it, the successor does not, and the fall is larger than any pair's in any null.
 
 **Mechanism.** Necessity is the share of a model's effect that goes when the parent's carriers (or their counterparts in
-the successor) are exchanged. :attr:`Change.carried` is the successor's necessity over the parent's: 1 where the same
-nodes do the work, 0 where they have no part in it any more.
+the successor) are exchanged together. That alone would miss a step that moved: parts that work one after the other each
+carry most of the effect, so those that stayed hide the one that did not. So :attr:`Change.carried` is taken carrier by
+carrier, of those that alone carry at least :data:`MAIN` of what all carry in the parent (of all together where none
+does): share in the successor over share in the parent, of the carrier that kept least. 1 where the same nodes do the
+work, 0 where a step of it is done elsewhere.
 
 All intervals are percentile bootstraps over pairs, parent and successor drawn together.
 """
@@ -21,6 +24,8 @@ import numpy as np
 from .intervals import BOOTSTRAPS, Interval
 from .mechanism import Readings
 
+MAIN = 0.5
+"""Share of what all carriers take from which one is a main carrier: most of the effect passes through it."""
 HALVES = 1000
 """Random halves of the prompts."""
 Z = 1.959963984540054
@@ -64,6 +69,7 @@ class Change:
         fate: ``gone`` where at most half of the pairs are kept and effect was lost; ``weakened`` where the loss exceeds
             the tolerance or a pair is broken.
         necessity_parent, necessity_successor, carried: see the module.
+        least: the parent's main carrier that ``carried`` is of; None where it is of all carriers together.
         inherited: Σ over nodes of the smaller of their normalised shares (positive ones) in parent and successor.
         nodes: by size of change.
     """
@@ -80,6 +86,7 @@ class Change:
     necessity_parent: Interval
     necessity_successor: Interval
     carried: Interval
+    least: str | None
     inherited: Interval
     nodes: tuple[NodeChange, ...]
 
@@ -89,6 +96,7 @@ def compare(
     successor: Readings,
     nulls: Sequence[np.ndarray],
     counterpart: Mapping[str, str] | Callable[[str], str | None],
+    carriers: Sequence[str],
     seed: int = 0,
 ) -> Change:
     """What became of ``parent``'s behaviour and mechanism in ``successor``.
@@ -97,6 +105,7 @@ def compare(
         parent, successor: on the same N pairs in the same order.
         nulls: of each null successor, m(x) and m(x′) of every pair, float64 [2, N]; may be empty.
         counterpart: the successor's node for a node of the parent, if any.
+        carriers: of the parent.
         seed: of bootstraps and halves.
     """
     find = counterpart.get if isinstance(counterpart, Mapping) else counterpart
@@ -125,6 +134,7 @@ def compare(
     few = Resampled(rng.integers(measured, size=(BOOTSTRAPS, measured)))
     split = np.stack([rng.permutation(measured) for _ in range(HALVES)])
     nodes, inherited = _nodes(parent, successor, find, few, split)
+    carried, least = _carried(parent, successor, find, carriers, resampled, few)
     return Change(
         effect_parent=resampled.mean(effect_p),
         effect_successor=resampled.mean(effect_s),
@@ -137,7 +147,8 @@ def compare(
         fate=fate,
         necessity_parent=necessity_p,
         necessity_successor=necessity_s,
-        carried=resampled.quotient(successor.carried, effect_s, parent.carried, effect_p),
+        carried=carried,
+        least=least,
         inherited=inherited,
         nodes=nodes,
     )
@@ -189,6 +200,28 @@ def _between_halves(values: np.ndarray, halves: np.ndarray) -> float:
     middle = len(values) // 2
     one, other = values[halves[:, :middle]].mean(1), values[halves[:, middle : 2 * middle]].mean(1)
     return float(np.quantile(np.abs(one - other), 0.95))
+
+
+def _carried(
+    parent: Readings,
+    successor: Readings,
+    find: Callable[[str], str | None],
+    carriers: Sequence[str],
+    resampled: "Resampled",
+    few: "Resampled",
+) -> tuple[Interval, str | None]:
+    """What the main carriers kept (see the module), and the one that kept least."""
+    m = few.draws.shape[1]
+    most = MAIN * parent.carried[:m].mean()
+    main = [name for name in carriers if name in parent.effects and parent.effects[name][:m].mean() >= most > 0]
+    if not main:
+        return resampled.quotient(successor.carried, successor.effect, parent.carried, parent.effect), None
+    kept = {}
+    for name in main:
+        own = successor.effects.get(find(name) or "", np.zeros(m))[:m]
+        kept[name] = few.quotient(own, successor.effect[:m], parent.effects[name][:m], parent.effect[:m])
+    least = min(main, key=lambda name: kept[name].estimate)
+    return kept[least], least
 
 
 def _nodes(

@@ -72,7 +72,11 @@ class Kept(Record):
     necessity_successor: Estimate
     """The same in the successor, with the carriers' counterparts."""
     carried: Estimate
-    """The successor's necessity over the parent's: 1 where the same parts do the work, 0 where others do."""
+    """Share carried in the successor over share carried in the parent, of the main carrier (one through which most of the
+    effect passes) that kept least; of all carriers together where there is no main one. 1 where the same parts do the
+    work, 0 where a step of it is done elsewhere."""
+    least: str | None
+    """The carrier that ``carried`` is of; null where it is of all together."""
     inherited: Estimate
     """Share of the successor's mechanism, node by node, that the parent's has too."""
     nodes: tuple[MechanismNode, ...]

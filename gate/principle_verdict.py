@@ -48,12 +48,8 @@ def sentence(of: Kept) -> str:
     if of.broken:
         parts.append(f"broken on {of.broken} of {count(of.pairs, 'prompt')}")
     if isinstance(of.carried, Interval) and status != "gone":
-        kept, names = share(of.carried.estimate), _listed(of.carriers)
-        parts.append(
-            f"the parent's part {names} carries {kept} of what it did in the parent"
-            if len(of.carriers) == 1
-            else f"the parent's parts {names} carry {kept} of what they did in the parent"
-        )
+        them = f"{of.least} carries" if of.least else f"{_listed(of.carriers)} together carry"
+        parts.append(f"{them} {share(of.carried.estimate)} of the share carried in the parent")
     if status in ("replaced", "moved"):
         parts.append(f"now carried by {_listed(gained(of)) or 'no single part'}")
     return "; ".join(parts)

@@ -173,7 +173,7 @@ def _look(
     if "error" in plain:
         return _Look(task, parent, None, None, plain["error"])
     successor = readings(plain)
-    change = compare(parent, successor, nulls, counterpart or (lambda _: None), s.seed)
+    change = compare(parent, successor, nulls, counterpart or (lambda _: None), found["carriers"], s.seed)
     return _Look(
         task,
         parent,
@@ -341,6 +341,7 @@ def _record(kind: type[_Kept], look: _Look, reason: str, **own: Any) -> _Kept:
         necessity_parent=of("necessity_parent"),
         necessity_successor=of("necessity_successor", look.matched),
         carried=of("carried", look.matched),
+        least=change.least if change and look.matched else None,
         inherited=of("inherited", look.matched),
         nodes=tuple(_node(node, look, n) for node in change.nodes[:LISTED_NODES]) if change and look.matched else (),
         **own,

@@ -102,8 +102,9 @@ def same(name: str) -> str:
 
 
 def test_a_model_against_itself_lost_nothing(tiny_model, task: Task) -> None:
-    own = readings(locate(tiny_model, task, pairs=10, measured=400)["readings"])
-    change = compare(own, own, [np.stack([own.clean, own.corrupt])], same)
+    found = locate(tiny_model, task, pairs=10, measured=400)
+    own = readings(found["readings"])
+    change = compare(own, own, [np.stack([own.clean, own.corrupt])], same, found["carriers"])
     assert change.fate == "kept" and not change.broken and change.difference.estimate == 0
     assert (change.lost.low, change.lost.high) == (0, 0)
     assert change.inherited.estimate == pytest.approx(1) and not any(node.moved for node in change.nodes)
@@ -112,21 +113,34 @@ def test_a_model_against_itself_lost_nothing(tiny_model, task: Task) -> None:
 
 def test_another_node_that_does_the_work_is_named() -> None:
     parent, successor = made(a=0.9, b=0.05, c=0.4), made(a=0.05, b=0.9, c=0.4)
-    change = compare(parent, successor, [], same)
+    change = compare(parent, successor, [], same, ["a"])
     assert change.fate == "kept" and change.carried.high < 0.1
     assert {node.parent_node: node.moved for node in change.nodes} == {"a": "lost", "b": "gained", "c": None}
     assert change.inherited.estimate == pytest.approx((0.05 + 0.05 + 0.4) / 1.35)
-    back = compare(successor, parent, [], same)
+    back = compare(successor, parent, [], same, ["a"])
     assert {node.parent_node: node.moved for node in back.nodes} == {"a": "gained", "b": "lost", "c": None}
     assert back.inherited.estimate == pytest.approx(change.inherited.estimate)
 
 
+def test_a_step_that_moved_shows_beside_one_that_stayed() -> None:
+    # What a reads, c reads out: either carries most, and both together carry little more.
+    before, after = made(a=0.8, c=0.7), made(a=0.05, b=0.8, c=0.7)
+    for readings_ in (before, after):
+        readings_.carried[:] = 0.9 * readings_.effect
+    change = compare(before, after, [], same, ["a", "c"])
+    assert change.fate == "kept" and change.least == "a" and change.carried.high < 0.1
+    assert change.necessity_successor.estimate == pytest.approx(0.9)
+    # A part through which little passes is no main carrier.
+    minor = compare(made(a=0.2, c=0.8), made(a=0.0, c=0.8), [], same, ["c", "a"])
+    assert minor.least is None or minor.least == "c"
+
+
 def test_nodes_are_compared_with_their_counterparts() -> None:
     parent, successor = made(a=0.9, b=0.1), made(a=0.1, x=0.9)
-    change = compare(parent, successor, [], {"a": "x", "b": "a"})
+    change = compare(parent, successor, [], {"a": "x", "b": "a"}, ["a"])
     assert change.inherited.estimate == pytest.approx(1)
     assert not any(node.moved for node in change.nodes)
-    alone = compare(parent, successor, [], {"b": "a"})
+    alone = compare(parent, successor, [], {"b": "a"}, ["a"])
     by_parent = {node.parent_node: node for node in alone.nodes}
     assert by_parent["a"].successor is None and by_parent["a"].moved == "lost"
     assert by_parent[None].successor_node == "x" and by_parent[None].moved == "gained"
@@ -136,33 +150,33 @@ def test_nodes_are_compared_with_their_counterparts() -> None:
     ("lead", "fate"), [(5.0, "kept"), (4.9, "kept"), (2.0, "weakened"), (0.9, "weakened"), (-4.0, "gone")]
 )
 def test_the_fate_follows_the_effect(lead: float, fate: str) -> None:
-    assert compare(made(a=1.0), made(lead=lead, a=1.0), [], same).fate == fate
+    assert compare(made(a=1.0), made(lead=lead, a=1.0), [], same, ["a"]).fate == fate
 
 
 def test_what_null_successors_lose_means_nothing() -> None:
     parent, successor = made(a=1.0), made(lead=4.0, a=1.0)
-    assert compare(parent, successor, [], same).fate == "weakened"
+    assert compare(parent, successor, [], same, ["a"]).fate == "weakened"
     worse = np.stack([parent.clean - 1.5, parent.corrupt])
-    found = compare(parent, successor, [worse], same)
+    found = compare(parent, successor, [worse], same, ["a"])
     assert found.fate == "kept" and found.tolerance == pytest.approx(1.5)
     # More than a null successor's is no excuse for what is gone.
-    assert compare(parent, made(lead=-4.0, a=1.0), [worse * 3], same).fate == "gone"
+    assert compare(parent, made(lead=-4.0, a=1.0), [worse * 3], same, ["a"]).fate == "gone"
 
 
 def test_a_single_broken_prompt_shows_beyond_what_nulls_break() -> None:
     parent, successor = made(a=1.0), made(a=1.0)
     successor.clean[3] = -5.0
     quiet = np.stack([parent.clean - 0.2, parent.corrupt])
-    found = compare(parent, successor, [quiet], same)
+    found = compare(parent, successor, [quiet], same, ["a"])
     assert found.broken == (3,) and found.fate == "weakened"
     loud = quiet.copy()
     loud[0, 7] = -9.0
-    assert compare(parent, successor, [loud], same).broken == ()
+    assert compare(parent, successor, [loud], same, ["a"]).broken == ()
 
 
 def test_a_share_of_no_effect_has_no_interval() -> None:
     nothing = Readings(np.zeros(8), np.zeros(8), {"a": np.zeros(8)}, np.zeros(8))
-    change = compare(made(8, a=1.0), nothing, [], same)
+    change = compare(made(8, a=1.0), nothing, [], same, ["a"])
     assert np.isnan(change.carried.low) and change.fate == "gone"
 
 

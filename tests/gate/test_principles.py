@@ -60,6 +60,7 @@ def record(status: Any, **own: Any) -> k.PrincipleRecord:
         necessity_parent=interval(0.9),
         necessity_successor=interval(0.1),
         carried=interval(0.11),
+        least="attn_head@2.3",
         inherited=interval(0.3),
         nodes=(node, other),
         status=status,
