@@ -91,11 +91,12 @@ def main() -> None:
         "| pair | legibility, linear | effect the number alone carries | Ω | needed | alone | Ω, all explained |",
         "|---|---:|---:|---|---|---:|---:|",
     ]
-    causal, omega, needed = [], [], []
+    planted, causal, omega, needed = [], [], [], []
     for pair in options.pairs:
         linear, kept = truth_of(pair)
         for seed in range(options.seeds):
             found, every = measured(pair, seed)
+            planted.append(linear)
             causal.append(kept)
             omega.append(found.omega.estimate)
             needed.append(found.needed.estimate)
@@ -107,11 +108,10 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     if len(omega) > 3:
-        ranks = [spearmanr(each, causal)[0] for each in (omega, needed)]
-        lines.append(
-            f"\nRank correlation with the effect the number alone carries, over {len(omega)} rows: Ω {ranks[0]:.2f}, "
-            f"needed {ranks[1]:.2f}."
-        )
+        names = ("planted legibility", planted), ("the effect the number alone carries", causal)
+        for name, truth in names:
+            ranks = [spearmanr(each, truth)[0] for each in (omega, needed)]
+            lines.append(f"\nRank correlation with {name}, {len(omega)} rows: Ω {ranks[0]:.2f}, needed {ranks[1]:.2f}.")
     lines.append(f"\n({time.process_time() - started:.0f} s of processor time, one thread)")
     print("\n".join(lines))
     if options.record:
