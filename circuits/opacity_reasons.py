@@ -72,6 +72,8 @@ def linear_errors(
         raise ValueError("a fit and its check need two texts")
     reads = {site: _read_of(split, site, side) for site in split.sites(side)}
     reads = {site: read for site, read in reads.items() if read is not None}
+    if not reads:
+        return {}
     sums = [{site: _Products() for site in reads} for _ in range(2)]
     ones = [torch.ones_like(q)[None] for q in split.q]
     with torch.no_grad():

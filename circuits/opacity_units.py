@@ -118,20 +118,13 @@ def node_pool(model: Model, contexts: Contexts, layers: Sequence[int], *, seed: 
     """
     parts: list[Part] = []
     features: list[FeatureCSR] = []
+    sites = [site for layer in layers for site in _sites(model, layer)]
+    values = values_at(model, contexts.texts, sites)
     for layer in layers:
-        sites = [f"attn_z@{layer}"]
-        try:
-            model.site(f"mlp_post@{layer}")
-            model.neuron_weights(layer)
-        except SiteError:
-            pass  # a mixture of experts, say: that MLP stays opaque
-        else:
-            sites.append(f"mlp_post@{layer}")
-        values = values_at(model, contexts.texts, sites)
         weight, bias = model.head_weights(layer)
         columns, centres, directions = [], [], []
         for head in range(len(weight)):
-            write = (values[sites[0]][:, head] @ weight[head] + bias / len(weight)).detach()
+            write = (values[f"attn_z@{layer}"][:, head] @ weight[head] + bias / len(weight)).detach()
             mean, direction = principal(write)
             columns.append((write - mean) @ direction)
             centres.append(mean)
@@ -142,8 +135,17 @@ def node_pool(model: Model, contexts: Contexts, layers: Sequence[int], *, seed: 
         )
         parts.append(heads)
         features.append(active)
-        for site in sites[1:]:
+        for site in _sites(model, layer)[1:]:
             active = neuron_features(values[site])
             parts.append(NeuronsPart(layer, torch.zeros(active.n_latents), smallest(active)))
             features.append(active)
     return Pool(tuple(parts), tuple(features), contexts, seed)
+
+
+def _sites(model: Model, layer: int) -> list[str]:
+    """What heads and, where they can be told apart, neurons of a layer are read from."""
+    try:
+        model.neuron_weights(layer)
+    except SiteError:
+        return [f"attn_z@{layer}"]  # a mixture of experts, say: that MLP stays opaque
+    return [f"attn_z@{layer}", f"mlp_post@{layer}"]

@@ -33,8 +33,6 @@ from .values import Interval, NotMeasured, tidy
 if TYPE_CHECKING:
     pass
 
-DRAWS = 3
-"""Of q from its uncertainty, for the intervals."""
 LABELS = 8
 """Units whose rule is recorded."""
 LINEAR_TEXTS = 64
@@ -144,7 +142,9 @@ class _Measurement:
             return whole_model(s.successor, some, heads=self.heads, side=1)
 
         split = of(parts)
-        drawn = [of(each) for each in redrawn(parts, [pool.of_part(i) for i in range(len(parts))], DRAWS, s.seed)]
+        drawn = [
+            of(each) for each in redrawn(parts, [pool.of_part(i) for i in range(len(parts))], effort(s).draws, s.seed)
+        ]
         if seed:
             found = measure(contrast, split, controls=0, routing=False, seed=s.seed)
             return found if isinstance(found, Refused) else (found, None)

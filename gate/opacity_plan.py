@@ -78,7 +78,15 @@ class Plan:
         """Prompts of each behaviour that is measured."""
         s = self.s
         return {
-            i: held_out(self.clusters[i], s.parent, s.successor, self.items, window=s.sizes.window, seed=s.seed)
+            i: held_out(
+                self.clusters[i],
+                s.parent,
+                s.successor,
+                self.items,
+                window=s.sizes.window,
+                most=effort(s).prompts,
+                seed=s.seed,
+            )
             for i in self.chosen
         }
 
@@ -87,7 +95,13 @@ class Plan:
         """Windows of the corpus that share no text with any prompt."""
         taken = {name for held in self.held.values() for name in held.texts}
         kept = [w.successor for w in self.items if text_of("corpus", w.text_id) not in taken]
-        return tuple({text.ids: text for text in kept}.values())
+        out, spent = [], 0
+        for text in {text.ids: text for text in kept}.values():
+            if spent >= effort(self.s).tokens:
+                break
+            out.append(text)
+            spent += len(text.ids)
+        return tuple(out)
 
     def lacking(self, number: int) -> str | None:
         """Why a behaviour cannot be measured, for want of prompts or text."""

@@ -45,14 +45,43 @@ class Effort:
     """Layers with units in a large model, those of the circuit's strongest nodes."""
     gradients: int
     """Points of the integral that says where and why."""
+    draws: int
+    """Of q from its uncertainty, for the intervals."""
+    prompts: int
+    """At most, of each behaviour."""
+    tokens: int
+    """Of the text that units are explained on, at most."""
 
 
 def effort(s: "Setting") -> Effort:
     """For the budget and size of an audit."""
     level = ("quick", "standard", "thorough").index(s.sizes.name)
     if s.sizes.small:
-        return Effort(2 * 2**level, 32 * 2**level, 128, 200 * 2**level, 1 + level, s.successor.shape.n_layers, 8)
-    return Effort(1 + level, 32 * 2 ** (level - 1), 1024, 150 * level, 1 + level, 2 + level, 4)
+        return Effort(
+            behaviours=2 * 2**level,
+            explained=32 * 2**level,
+            latents=128,
+            steps=200 * 2**level,
+            seeds=1 + level,
+            layers=s.successor.shape.n_layers,
+            gradients=8,
+            draws=3,
+            prompts=40,
+            tokens=s.sizes.scan_tokens,
+        )
+    # A forward with every site divided takes some ten times as long as a bare one, and tens of them are needed.
+    return Effort(
+        behaviours=level,
+        explained=32 * level,
+        latents=1024,
+        steps=150 * level,
+        seeds=1 + level,
+        layers=2 + level,
+        gradients=2 * level,
+        draws=0,
+        prompts=30,
+        tokens=12_000 * level,
+    )
 
 
 def load_dictionaries(paths: Sequence[str], successor: Model, parent: Model) -> tuple[Dictionary, ...]:
