@@ -72,9 +72,9 @@ class Kept(Record):
     necessity_successor: Estimate
     """The same in the successor, with the carriers' counterparts."""
     carried: Estimate
-    """Share carried in the successor over share carried in the parent, of the main carrier (one through which most of the
-    effect passes) that kept least; of all carriers together where there is no main one. 1 where the same parts do the
-    work, 0 where a step of it is done elsewhere."""
+    """Share carried in the successor over share carried in the parent, of the main carrier (one through which most of
+    the effect passes) that kept least; of all carriers together where there is no main one. 1 where the same parts do
+    the work, 0 where a step of it is done elsewhere."""
     least: str | None
     """The carrier that ``carried`` is of; null where it is of all together."""
     inherited: Estimate
