@@ -115,7 +115,7 @@ def test_every_form_of_the_result_is_there_and_says_the_same(record: dict[str, A
     summary, report = (out / "summary.md").read_text(), (out / "report.html").read_text()
     assert summary.startswith("## ⛔ Flagged") and ">Flagged</p>" in report
     # What was not measured is said once.
-    assert summary.count("rinciples") == 1
+    assert summary.count("Principles") == 1
     assert not list(out.rglob("*.tmp"))
 
 
