@@ -64,7 +64,7 @@ def test_trained_parts_hold_their_variables_and_others_nothing(name: str, known:
     by_part = {variable.part: variable_name for variable_name, variable in program.variables.items()}
     values = program.run(source)
     for row, part in enumerate(layout.sources[1:], 1):
-        logits = model.logits(base, edits=_edits(model, layout, [row], other))[:, list(program.scored)]
+        logits = model.logits(base, edits=_edits(model, layout, [[row]], other))[:, list(program.scored)]
         instead = {by_part[part]: values[by_part[part]]} if part in by_part else {}
         wanted = program.run(base, instead)[program.output][:, list(program.scored)]
         assert float((logits.argmax(-1) == wanted).double().mean()) > 0.98, part

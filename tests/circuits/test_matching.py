@@ -141,7 +141,7 @@ def test_shuffled_text_sets_a_bar_that_chance_seldom_passes(parent: Model, texts
 
 
 def latent(number: int, verdict: str, delta: float, nu_error: float) -> LatentVerdict:
-    return LatentVerdict(number, verdict, "", "successor", delta, nu_error, 0.0, 0.0, None, "own", None, None, 0.01)  # pyright: ignore
+    return LatentVerdict(number, verdict, "", "successor", delta, nu_error, *[0.0] * 3, None, "own", None, None, 0.01)  # pyright: ignore
 
 
 def test_latents_stay_alone_only_if_exclusive_and_stable() -> None:

@@ -149,8 +149,12 @@ def test_damaged_audits_are_refused(tmp_path: Path, write: Write) -> None:
 def test_the_page_draws_drift_and_says_what_is_missing(
     write: Write, tmp_path: Path, open_page: Callable[[Path], Any]
 ) -> None:
-    found = lineage([write("ab"), write("bc", "flag", 0.04), write("ac", "flag", 0.09)])
-    write_lineage(found, tmp_path / "line.html")
+    folders = [write("ab"), write("bc", "flag", 0.04), write("ac", "flag", 0.09)]
+    for folder in folders:
+        record = json.loads((folder / "audit.json").read_text())
+        record["findings"][0]["opacity"] = NotMeasured(reason="too few contexts").model_dump()
+        (folder / "audit.json").write_text(json.dumps(record))
+    write_lineage(lineage(folders), tmp_path / "line.html")
     browser = open_page(tmp_path / "line.html")
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('[data-figure]')].map(d => d.data.filter(t => t.mode === 'markers')"
@@ -160,7 +164,6 @@ def test_the_page_draws_drift_and_says_what_is_missing(
         ["to the parent", [1, 2], [0.01, 0.04]],
         ["to the first ancestor", [1, 2], [0.01, 0.09]],
     ]
-    # Opacity of these audits was not measured.
     assert len(drawn) == 2 and "so nothing is drawn" in browser.find_element("tag name", "main").text
     assert browser.get_log("browser") == []
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

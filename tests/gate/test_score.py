@@ -199,14 +199,14 @@ def test_a_row_takes_the_worst_of_what_was_measured(make_audit: Callable[..., r.
     audit = make_audit()
     plain = row_of(audit)
     assert (plain.findings, plain.counted, plain.declared) == (1, 1, 0)
-    assert plain.opacity == audit.findings[0].opacity and isinstance(plain.opacity, NotMeasured)
+    assert plain.opacity == audit.findings[0].opacity and isinstance(plain.opacity, Interval)
     assert isinstance(plain.visible, NotMeasured) and plain.mean_kl == audit.drift.mean_kl
-    first = audit.findings[0].model_copy(update={"opacity": share(0.2), "emergence": share(0.9)})
+    first = audit.findings[0].model_copy(update={"opacity": share(0.2), "emergence": share(0.95)})
     second = audit.findings[0].model_copy(update={"opacity": share(0.7), "confirmed": False})
     declared = audit.findings[0].model_copy(update={"opacity": share(0.99), "declared_by": "say-zero"})
     row = row_of(audit.model_copy(update={"findings": (first, second, declared)}))
     assert (row.findings, row.counted, row.declared) == (2, 1, 1)
-    assert row.opacity == share(0.7) and row.emergence == share(0.9)
+    assert row.opacity == share(0.7) and row.emergence == share(0.95)
     none = row_of(audit.model_copy(update={"findings": (), "behaviours": ()}))
     assert none.title is None and isinstance(none.effect, NotMeasured)
 
