@@ -115,22 +115,13 @@ def run(
 
     dictionaries = load_dictionaries([d for d in request.dictionaries if d != TRAIN], successor, parent)
 
-    sizes = budget(
-        request.budget,
-        max(parent.n_params, successor.n_params),
-        max(parent.shape.d_vocab, successor.shape.d_vocab),
-        min(parent.shape.n_ctx, successor.shape.n_ctx),
-        given=given is not None,
-    )
-    if sizes.small:
-        # Tiny matrices: a second thread costs more to wake than it saves.
-        torch.set_num_threads(1)
-    corpus = given or _sampled(author or parent, sizes, request.seed, progress)
+    sizes = sizes_of(request.budget, parent, successor, given=given is not None)
+    corpus = given or sampled(author or parent, sizes, request.seed, progress)
     described = _sayable(", ".join(map(str, request.corpus))) or f"sampled from {_writer(author, parent)}"
-    key = _digest(
+    key = key_of(
         CODE,
         # Other releases of the libraries compute other last bits: results of two are never mixed.
-        _versions(),
+        versions(),
         parent.digest,
         successor.digest,
         corpus.digest,
@@ -187,7 +178,7 @@ def run(
             command=tuple(map(_sayable, request.command)),
             budget=sizes.name,
             seed=request.seed,
-            versions=_versions(),
+            versions=versions(),
             threads=torch.get_num_threads(),
             device="cpu",
             corpus_sha256=corpus.digest,
@@ -200,13 +191,30 @@ def run(
     return audit
 
 
-def _sampled(parent: "Model", sizes: Budget, seed: int, progress: "Progress") -> "Corpus":
+def sizes_of(name: Name, parent: "Model", successor: "Model", *, given: bool) -> Budget:
+    """How much of a pair a budget looks at, on text that was ``given`` or else sampled; sets torch's threads for it."""
+    sizes = budget(
+        name,
+        max(parent.n_params, successor.n_params),
+        max(parent.shape.d_vocab, successor.shape.d_vocab),
+        min(parent.shape.n_ctx, successor.shape.n_ctx),
+        given=given,
+    )
+    if sizes.small:
+        import torch
+
+        # Tiny matrices: a second thread costs more to wake than it saves.
+        torch.set_num_threads(1)
+    return sizes
+
+
+def sampled(parent: "Model", sizes: Budget, seed: int, progress: "Progress") -> "Corpus":
     """Text sampled from the parent, kept in the user's cache so that every candidate is measured on the same."""
     from heredity.interp.corpus import Corpus, Text
     from heredity.interp.sampling import sample_corpus
 
     texts = max(8, sizes.scan_tokens // sizes.window)
-    name = _digest(CODE, parent.digest, texts, sizes.window, seed)[:32]
+    name = key_of(CODE, parent.digest, texts, sizes.window, seed)[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heredity" / "sampled" / f"{name}.json"
     try:
         rows = json.loads(cache.read_text(encoding="utf-8"))
@@ -266,12 +274,14 @@ def _policy(rules: Loaded, behaviours: Sequence[Behaviour]) -> PolicyRecord:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Releases of what computes the numbers of an audit."""
     names = ("heredity", "torch", "transformers", "transformer-lens", "peft", "numpy", "scipy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _digest(*parts: object) -> str:
+def key_of(*parts: object) -> str:
+    """Digest of what steps depend on."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

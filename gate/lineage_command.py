@@ -65,11 +65,7 @@ def lineage(
     else:
         from .audit import Request
         from .lineage_run import run_line
-        from .score import Reporter
-        from .score_command import follow
-
-        def announce(text: str) -> None:
-            errors.print(text, markup=False, highlight=False)
+        from .score_command import reporter
 
         asked = Request(
             parent="",
@@ -84,7 +80,7 @@ def lineage(
             command=("heredity", *sys.argv[1:]),
         )
         with logged(out, errors):
-            folders = run_line(asked, sources, Reporter(announce, follow))
+            folders = run_line(asked, sources, reporter())
         page = out / "lineage.html"
     found = read(folders)
     if page is not None:

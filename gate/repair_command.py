@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from heredity.interp.errors import CorpusError
+
 from .repair_inputs import RepairRequest
 
 if TYPE_CHECKING:
+    from .budget import Name
     from .records import Audit
     from .repair_records import Repair
     from .stages import Progress
@@ -95,7 +98,6 @@ def run(request: RepairRequest, progress: "Progress") -> "tuple[Repair, Audit]":
     from heredity.interp.load import load
 
     from . import audit as auditing
-    from .budget import budget
     from .read_audit import read_audit
     from .repair_inputs import check_pair, corpus_of, null_of, reuse_steps, rules_of, wanted
     from .work import Work
@@ -111,43 +113,44 @@ def run(request: RepairRequest, progress: "Progress") -> "tuple[Repair, Audit]":
     progress("loading models", 2, 2)
     check_pair(before, parent, successor, request.audit)
 
-    import torch
-
     from heredity.interp.remember import Remembered
 
     from .assemble import Setting
     from .repair import repair as repair_pair
 
-    sizes = budget(
-        before.provenance.budget,  # pyright: ignore[reportArgumentType]
-        max(parent.n_params, successor.n_params),
-        max(parent.shape.d_vocab, successor.shape.d_vocab),
-        min(parent.shape.n_ctx, successor.shape.n_ctx),
-        given=given is not None,
-    )
-    if sizes.small:
-        torch.set_num_threads(1)
+    depth: Name = before.provenance.budget  # pyright: ignore[reportAssignmentType]
+    sizes = auditing.sizes_of(depth, parent, successor, given=given is not None)
     seed = before.provenance.seed
-    text = given or auditing._sampled(parent, sizes, seed, progress)
+    text = given or auditing.sampled(parent, sizes, seed, progress)
     if text.digest != before.provenance.corpus_sha256:
-        from heredity.interp.errors import CorpusError
-
         raise CorpusError(
             "the text sampled from the parent is not the one that was audited",
             where=request.parent,
             remedy="Audit the pair again with these versions of the libraries.",
         )
-    versions = auditing._versions()
+    versions = auditing.versions()
     names = [finding.id for finding in findings]
-    key = auditing._digest(
-        "repair", CODE, auditing.CODE, versions, before.model_dump_json(exclude={"provenance": {"command"}}), names,
+    key = auditing.key_of(
+        "repair",
+        CODE,
+        auditing.CODE,
+        versions,
+        before.model_dump_json(exclude={"provenance": {"command"}}),
+        names,
         request.target,
-    )  # fmt: skip
+    )
     reuse_steps(before, request.audit, request.out / "work" / key[:32], versions)
     setting = Setting(
-        parent, successor, sizes, rules, Work(request.out, key), seed, progress,
-        another_parent=lambda: load(request.parent, role="parent"), remembered=Remembered(parent, None),
-    )  # fmt: skip
+        parent,
+        successor,
+        sizes,
+        rules,
+        Work(request.out, key),
+        seed,
+        progress,
+        another_parent=lambda: load(request.parent, role="parent"),
+        remembered=Remembered(parent, None),
+    )
     done = repair_pair(setting, text, before, findings, request.target, request.out / "model")
     del setting, parent, successor
     again = auditing.run(
@@ -162,7 +165,7 @@ def run(request: RepairRequest, progress: "Progress") -> "tuple[Repair, Audit]":
             principles=request.principles,
             tasks=request.tasks,
             null=null_of(before),
-            budget=before.provenance.budget,  # pyright: ignore[reportArgumentType]
+            budget=depth,
             seed=seed,
             command=request.command,
         ),

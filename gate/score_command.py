@@ -14,6 +14,7 @@ from heredity.interp.errors import one_line
 from .progress import Bars, logged, logging_to
 
 if TYPE_CHECKING:
+    from .score import Reporter
     from .stages import Progress
 
 _MODEL = "See `heredity audit --help`."
@@ -43,12 +44,8 @@ def score(
     """
     from .audit import Request
     from .cli import Output, errors
-    from .score import Reporter
     from .score import score as run
     from .score_page import terminal
-
-    def announce(text: str) -> None:
-        errors.print(text, markup=False, highlight=False)
 
     with logged(out, errors):
         scores = run(
@@ -66,7 +63,7 @@ def score(
                 parent_work=parent_work,
             ),
             successors,
-            Reporter(announce, follow),
+            reporter(),
         )
     if json_out:
         Output().print(Text(scores.model_dump_json(indent=1)), soft_wrap=True)
@@ -76,8 +73,16 @@ def score(
     raise typer.Exit(scores.exit_code)
 
 
+def reporter() -> "Reporter":
+    """Says on stderr what is audited, with bars for each audit."""
+    from .cli import errors
+    from .score import Reporter
+
+    return Reporter(lambda text: errors.print(text, markup=False, highlight=False), _follow)
+
+
 @contextmanager
-def follow(out: Path) -> "Iterator[Progress]":
+def _follow(out: Path) -> "Iterator[Progress]":
     """Bars for one audit of several, and its own ``out/run.log``."""
     from .cli import errors
 

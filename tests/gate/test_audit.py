@@ -199,7 +199,7 @@ def sampled(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     parent = load(str(pair / "parent"))
     sizes = replace(budget("quick", parent.n_params, parent.shape.d_vocab, 96, given=True), scan_tokens=96, window=12)
-    return lambda: audit_module._sampled(parent, sizes, 3, quiet).digest, tmp_path / "cache" / "heredity" / "sampled"
+    return lambda: audit_module.sampled(parent, sizes, 3, quiet).digest, tmp_path / "cache" / "heredity" / "sampled"
 
 
 def test_sampled_text_is_kept_for_the_next_candidate(sampled: tuple[Callable[[], str], Path]) -> None:

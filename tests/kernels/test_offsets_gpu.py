@@ -18,7 +18,7 @@ Spread = Callable[[Tensor], Tensor]
 @pytest.fixture(params=["triton", "cpu", "reference"])
 def impl(request: pytest.FixtureRequest, device: str) -> str:
     if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
-        pytest.skip("takes 40 GB where memory that is not touched counts")
+        pytest.skip("allocates 40 GB on the card, more than this one has")
     return request.param
 
 
