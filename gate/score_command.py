@@ -78,11 +78,11 @@ def reporter() -> "Reporter":
     from .cli import errors
     from .score import Reporter
 
-    return Reporter(lambda text: errors.print(text, markup=False, highlight=False), _follow)
+    return Reporter(lambda text: errors.print(text, markup=False, highlight=False), follow)
 
 
 @contextmanager
-def _follow(out: Path) -> "Iterator[Progress]":
+def follow(out: Path) -> "Iterator[Progress]":
     """Bars for one audit of several, and its own ``out/run.log``."""
     from .cli import errors
 
