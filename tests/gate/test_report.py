@@ -314,3 +314,29 @@ def test_estimates_carry_their_interval() -> None:
     assert phrases.estimate(value) == "90.0 % (95 % interval 85.0 % to 95.0 %, n = 30)"
     assert phrases.estimate(value.model_copy(update={"n": 1}), "nats") == "0.900 nats (one value, no interval)"
     assert phrases.estimate(NotMeasured(reason="no dictionary")) == "not measured: no dictionary"
+
+
+def test_new_connections_are_named_and_idle_latents_only_counted(
+    make_audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    audit = make_audit()
+    case = audit.behaviours[0]
+    assert not isinstance(case.mechanisms, NotMeasured) and not isinstance(case.latents, NotMeasured)
+    new, kept = case.mechanisms.successor_edges  # pyright: ignore[reportGeneralTypeIssues]
+    said = phrases.mechanisms(case)
+    assert f"1 of 2 connections of the successor new (strongest: {new.source} → {new.target})" in said
+    assert f"{kept.source} → {kept.target}" not in said and "of the parent lost" not in said
+    write_report(audit, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<td>new</td></tr>") == html.count("<td>inherited</td></tr>") == 1
+
+    (acting,) = case.latents
+    idle = acting.model_copy(
+        update={"index": 6, "gap_closed": Interval(estimate=0.02, low=0.01, high=0.04, n=8), "control": 0.03}
+    )
+    better = acting.model_copy(
+        update={"index": 7, "gap_closed": Interval(estimate=0.9, low=0.8, high=0.95, n=8), "control": 0.03}
+    )
+    words = phrases.latents(case.model_copy(update={"latents": (acting, idle, better)}))
+    assert words.index("latent 7") < words.index("latent 5") and "latent 6" not in words and "1 more tells" in words
+    assert phrases.latents(case.model_copy(update={"latents": (idle,)})).startswith("latents: 1 tells")
