@@ -328,7 +328,7 @@ def test_new_connections_are_named_and_idle_latents_only_counted(
     assert f"{kept.source} → {kept.target}" not in said and "of the parent lost" not in said
     write_report(audit, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    assert html.count("<td>new</td></tr>") == html.count("<td>inherited</td></tr>") == 1
+    assert html.count("<b>new</b>") == 1 and "<b>new</b>, 4.00\xa0%" in html and "<b>lost</b>" not in html
 
     (acting,) = case.latents
     idle = acting.model_copy(
