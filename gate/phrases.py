@@ -130,6 +130,17 @@ def controls(circuit: Circuit) -> str:
     return f"{as_good} of {count(len(circuit.controls), 'random set')} close as much"
 
 
+def opacity(behaviour: Behaviour) -> str:
+    """Opacity, and what of it no explanation of these units could take away, where that is more than half of it."""
+    said, detail = estimate(behaviour.opacity), behaviour.opacity_detail
+    if isinstance(detail, NotMeasured) or isinstance(behaviour.opacity, NotMeasured):
+        return said
+    left = detail.all_explained.estimate
+    if left > behaviour.opacity.estimate / 2:
+        said += f"; {share(left)} would be left if every unit were explained, so these units cannot tell"
+    return said
+
+
 def latents(behaviour: Behaviour) -> str:
     """Latents that carry a behaviour, what setting the successor back along each does; empty where none were named.
 

@@ -118,7 +118,7 @@ def _case_lines(case: phrases.Case) -> list["Text"]:
             lines.append(Text("depends on: " + ", ".join(_quoted(token) for token in item.trigger_tokens[:8])))
         lines.append(Text(visible(_circuit(case), 500)))
         lines.append(Text(visible(phrases.mechanisms(item), 700)))
-        lines.append(Text(visible(f"opacity: {phrases.estimate(item.opacity)}", 300)))
+        lines.append(Text(visible(f"opacity: {phrases.opacity(item)}", 400)))
         if named := phrases.latents(item):
             lines.append(Text(visible(named, 500)))
     return lines
@@ -148,7 +148,7 @@ def _table(group: Sequence[phrases.Case]) -> list[str]:
         cells = [str(number), _text(case.title, 200) + declared]
         if item:
             triggers = " ".join(_code(token, 40) for token in item.trigger_tokens[:6])
-            opaque = phrases.estimate(item.opacity)
+            opaque = phrases.opacity(item)
             if named := phrases.latents(item):
                 opaque += f"; {named}"
             effect = f"{phrases.number(item.effect.estimate)} nats (null at most {phrases.number(item.null_max)})"

@@ -340,3 +340,15 @@ def test_new_connections_are_named_and_idle_latents_only_counted(
     words = phrases.latents(case.model_copy(update={"latents": (acting, idle, better)}))
     assert words.index("latent 7") < words.index("latent 5") and "latent 6" not in words and "1 more tells" in words
     assert phrases.latents(case.model_copy(update={"latents": (idle,)})).startswith("latents: 1 tells")
+
+
+def test_opacity_says_what_its_units_cannot_tell(make_audit: Callable[..., Audit]) -> None:
+    case = make_audit().behaviours[0]
+    detail = case.opacity_detail
+    assert not isinstance(detail, NotMeasured) and isinstance(case.opacity, Interval)
+    left = detail.all_explained.model_copy(update={"estimate": 0.993 * case.opacity.estimate})
+    blind = case.model_copy(update={"opacity_detail": detail.model_copy(update={"all_explained": left})})
+    assert "would be left if every unit were explained" in phrases.opacity(blind)
+    little = left.model_copy(update={"estimate": 0.2 * case.opacity.estimate})
+    clear = case.model_copy(update={"opacity_detail": detail.model_copy(update={"all_explained": little})})
+    assert phrases.opacity(clear) == phrases.estimate(case.opacity)
