@@ -15,9 +15,12 @@ accuracy − 1). Ω is then compared with the planted truth, over nets and over 
 
 import argparse
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
 
 import numpy as np
 import torch

@@ -15,10 +15,13 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
 
 import numpy as np
 import torch
