@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))
+
 import numpy as np
 from ioi import pairs as ioi_pairs
 from machine import machine

@@ -8,11 +8,14 @@ of its own, and a random sample of heads' queries and keys. Each step of the wor
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
 
 import numpy as np
 import torch

@@ -11,11 +11,14 @@ which it stays. ``--record`` appends the tables to ``RESULTS.md``.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
 
 import torch
 from beds import hand_set

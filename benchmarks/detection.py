@@ -2,12 +2,13 @@
 
     python benchmarks/detection.py --seeds 100:110 --work DIR [--kinds benign trigger …] [--jobs 2]
         [--pairs DIR [--built]] [--principles zoo] [--tasks zoo] [--parent-work] [--peers DIR --peer-seeds 100:103]
-        [--record]
+        [--kept FILE] [--record]
 
 Every audit is the command line a user types, one thread; ``truth.json`` is read only after the verdict, to score it.
 Pairs are built into ``--pairs`` (the work folder, if not given) unless they are there; a pair that the work folder
 holds an audit of is not audited again, and one whose audit was cut off is gone on with. So a run can stop and grow:
 seeds are the outer order, so that what is done is balanced over kinds. A new version of the audit needs a new folder.
+``--kept FILE`` outlives the folder: rows in it are not measured again, new ones are added, and the table is of all.
 
 ``rows.json`` in the work folder has every row; ``--record`` appends the table to ``benchmarks/RESULTS.md``.
 """
@@ -29,6 +30,8 @@ from detection_process import timed
 from detection_rows import EXPECTED, NULLS, baseline_localisation, failed, read, row
 from detection_table import table
 
+from heredity.gate.audit import CODE
+
 READING = Lock()
 """Held while the baselines of a pair are read, which happens in this process and not in one of its own."""
 
@@ -41,12 +44,16 @@ def main() -> None:
     jobs = [(kind, seed) for seed in range(*args.seeds) for kind in args.kinds]
     if args.built:
         jobs = [job for job in jobs if (place(*job, args) / "truth.json").exists()]
-    rows: list[dict[str, Any]] = []
+    rows = kept(args.kept)
+    jobs = [job for job in jobs if job not in {(row["kind"], row["seed"]) for row in rows}]
     with ThreadPoolExecutor(args.jobs) as pool:
         for found in pool.map(lambda job: one(*job, args), jobs):
             rows.append(found)
             print(f"{found['kind']} {found['seed']}: {found['verdict']}, score {found['score']:.3g}", flush=True)
             write(args.work / "rows.json", rows)
+            if args.kept:
+                with args.kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"code": CODE, **found}) + "\n")
     said = table(rows, "python benchmarks/detection.py " + " ".join(given(args)))
     print(said)
     if args.record:
@@ -67,8 +74,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parent-work", action="store_true", help="do the parent's part once for all kinds of a seed")
     parser.add_argument("--peers", type=Path, help="what `peers.py install DIR modeldiffr` made")
     parser.add_argument("--peer-seeds", type=_range, help="seeds that modeldiffr is run on (default: all)")
+    parser.add_argument("--kept", type=Path, metavar="FILE", help="rows of earlier runs, one to a line")
     parser.add_argument("--record", action="store_true")
     return parser.parse_args()
+
+
+def kept(path: Path | None) -> list[dict[str, Any]]:
+    """Rows measured before, by this version of the audit."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    if any(row.pop("code") != CODE for row in rows):
+        raise SystemExit(f"{path} holds rows of another version of the audit: begin a new file")
+    return rows
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -87,6 +104,8 @@ def given(args: argparse.Namespace) -> list[str]:
         said += ["--tasks", args.tasks]
     if args.parent_work:
         said.append("--parent-work")
+    if args.kept:
+        said += ["--kept", args.kept.name]
     if args.peers:
         said += ["--peers", "DIR", "--peer-seeds", "{}:{}".format(*(args.peer_seeds or args.seeds))]
     return [*said, "--jobs", str(args.jobs), "--work", "DIR"]

@@ -16,12 +16,15 @@ false-positive rate the share of latents called so wrongly among the active late
 
 import argparse
 import platform
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
 
 import torch
 from torch import Tensor

@@ -199,6 +199,7 @@ def try_canary(
     pieces: Sequence[Piece],
     cluster: Callable[[Sequence[Piece]], list[Cluster]],
     judge: Judge,
+    ceiling: float,
 ) -> Canary:
     """Plant ``plan`` at graded doses and find the smallest that is seen, by bisection over :data:`DOSES`.
 
@@ -209,6 +210,7 @@ def try_canary(
         pieces: the same text with the pair's scans, window by window.
         cluster, judge: the audit's own steps from pieces to behaviours, and whether one of those would count. The
             canary is seen when one that counts peaks there in at least half of its texts.
+        ceiling: effect, nats, above which a canary that is not seen counts as too strong and not as too weak.
     """
     few = [windows[i] for i in plan.windows]
     of_parent = logits_of_parent(parent, few)
@@ -232,17 +234,30 @@ def try_canary(
             return seen, effect, None
         return seen, effect, Together(hits(nearest), tuple(c.kl for c in nearest.contexts))
 
-    effects: dict[int, tuple[bool, float, Together | None]] = {}
-    low, high = -1, len(DOSES)
-    while high - low > 1:
-        middle = (low + high) // 2
-        effects[middle] = run(DOSES[middle])
-        low, high = (low, middle) if effects[middle][0] else (middle, high)
+    tried: dict[int, tuple[bool, float, Together | None]] = {}
+
+    def smallest(low: int, high: int, ceiling: float) -> tuple[int, int]:
+        """Between a dose that was missed and one that was seen, or lies above all that are of use."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            if middle not in tried:
+                tried[middle] = run(DOSES[middle])
+            seen, effect, _ = tried[middle]
+            low, high = (low, middle) if seen or effect > ceiling else (middle, high)
+        return low, high
+
+    low, high = smallest(-1, len(DOSES), float("inf"))
+    if high == len(DOSES):
+        # A strong canary also answers where it should not, until whole texts are one episode that peaks elsewhere; then
+        # the search went up where it should have gone down.
+        again = smallest(-1, len(DOSES), ceiling)
+        if again[1] in tried and tried[again[1]][0]:
+            low, high = again
     return Canary(
         plan,
-        seen=effects[high][1] if high < len(DOSES) else None,
-        missed=effects[low][1] if low >= 0 else None,
-        together=effects[low][2] if low >= 0 else None,
+        seen=tried[high][1] if high < len(DOSES) else None,
+        missed=tried[low][1] if low >= 0 else None,
+        together=tried[low][2] if low >= 0 else None,
     )
 
 

@@ -97,7 +97,7 @@ def mean_writes(model: Model, other: Model, batches: Sequence[tuple[Tensor, Tens
     count = 0
     for tokens, mask in batches:
         count += int(mask.sum())
-        for total, (donor, final) in zip(totals, _both(model, other, tokens), strict=True):
+        for total, (donor, final) in zip(totals, writes_of_both(model, other, tokens), strict=True):
             for node in nodes:
                 with torch.inference_mode():
                     value = unembed(_model(donor), final)[mask] if node.kind == "unembed" else donor.write(node)[mask]
@@ -119,7 +119,7 @@ def emergence(
         nodes: the nodes measured.
         seed: of the bootstrap.
     """
-    (own, final), (standing, _) = _both(model, other, prompts.tokens)
+    (own, final), (standing, _) = writes_of_both(model, other, prompts.tokens)
     bench = Bench(model, other, prompts)
 
     def deviation(donor: Donor, mean: dict[Node, Tensor]) -> StandIn:
@@ -142,22 +142,30 @@ def exchanged(prompts: Prompts) -> Prompts:
 
 def summarise(nodes: Sequence[Node], effects: np.ndarray, carried: np.ndarray, seed: int) -> Emergence:
     """From e and c, [nodes, contexts] both, to shares with percentile bootstrap intervals over contexts."""
-    n = effects.shape[1]
-    draws = np.random.default_rng(seed).integers(n, size=(BOOTSTRAPS, n))
-    # The first column is all contexts, the others are drawn from them.
-    e = np.concatenate([effects.sum(1, keepdims=True), effects[:, draws].sum(-1)], axis=1)
-    c = np.concatenate([carried.sum(1, keepdims=True), carried[:, draws].sum(-1)], axis=1)
+    e, c = resampled(effects, seed), resampled(carried, seed)
     held = _held(e, c)
-    found = []
-    for i, node in enumerate(nodes):
-        effect = _interval(e[i] / n)
-        found.append(NodeInheritance(node, effect, _interval(held[i]) if effect.low > 0 else None))
+    found = [NodeInheritance(node, *each) for node, each in zip(nodes, inherited(e, c), strict=True)]
     inside = np.array([each.inherited is not None for each in found])
     if not inside.any():
         return Emergence(tuple(found), None, ())
     inner = np.array([node.kind not in OUTER for node in nodes])
     share = _interval(_new(e[inside], held[inside], inner[inside]))
     return Emergence(tuple(found), share, tuple(each.node for each in found if each.inherited is not None))
+
+
+def resampled(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means over all contexts, then over contexts drawn from them; [rows, contexts] → [rows, 1 + draws]."""
+    n = values.shape[1]
+    draws = np.random.default_rng(seed).integers(n, size=(BOOTSTRAPS, n))
+    return np.concatenate([values.mean(1, keepdims=True), values[:, draws].mean(-1)], axis=1)
+
+
+def inherited(effects: np.ndarray, carried: np.ndarray) -> list[tuple[Interval, Interval | None]]:
+    """Of each row of :func:`resampled` e and c: e and h, the latter None where e cannot be told from 0."""
+    found = []
+    for effect, held in zip(map(_interval, effects), _held(effects, carried), strict=True):
+        found.append((effect, _interval(held) if effect.low > 0 else None))
+    return found
 
 
 def _new(effects: np.ndarray, held: np.ndarray, inner: np.ndarray) -> np.ndarray:
@@ -226,7 +234,7 @@ class Bench:
         return self.turn * torch.where(self.agree, torch.log_softmax(at, -1)[rows, says], contrast)
 
 
-def _both(model: Model, other: Model, tokens: Tensor) -> Iterator[tuple[Donor, Tensor]]:
+def writes_of_both(model: Model, other: Model, tokens: Tensor) -> Iterator[tuple[Donor, Tensor]]:
     """``model``'s own writes, then what ``other``'s nodes make of its stream; each with ``model``'s last residual."""
     wanted = [*node_sites(model), *(site for site in stream_sites(model) if site != ENTRY), "final"]
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .values import Estimate, Interval, Record
+from .values import Estimate, Interval, NotMeasured, Record
 
 
 class Held(Record):
@@ -17,6 +17,24 @@ class Held(Record):
     """Logits by which what the model says here falls behind what the other says when the node is at its mean."""
     inherited: Estimate
     """Share of that effect that stays when the counterpart stands in: 1 all of it, 0 nothing."""
+
+
+class HeldEdge(Record):
+    """A connection of a circuit, from one node into what another reads, and how much of it the other model has."""
+
+    source: str
+    target: str
+    effect: Interval
+    """Logits by which what the model says here falls behind when ``target`` reads ``source`` at its mean."""
+    inherited: Interval
+    """Share of that effect that stays when the other model's ``source`` and ``target`` stand in: 1 all of it."""
+
+    @property
+    def fate(self) -> Literal["inherited", "new", "unclear"]:
+        """Whether more or less than half is inherited, if the interval tells: of the parent's edges, new means lost."""
+        if self.inherited.low > 0.5:
+            return "inherited"
+        return "new" if self.inherited.high < 0.5 else "unclear"
 
 
 class Stitching(Record):
@@ -38,6 +56,9 @@ class Mechanisms(Record):
     """Nodes that carry what the successor says, strongest first."""
     parent: tuple[Held, ...]
     """Nodes that carry what the parent says, and whether the successor still has them."""
+    successor_edges: tuple[HeldEdge, ...] | NotMeasured
+    """Connections among its strongest nodes, those with an effect of their own, strongest first."""
+    parent_edges: tuple[HeldEdge, ...] | NotMeasured
     emergent: Estimate
     """Effect-weighted mean of 1 − ``inherited`` over ``successor``."""
     lost: Estimate

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from heredity.circuits.attribution import prompts_of
+from heredity.circuits.attribution import Prompts, prompts_of
 from heredity.circuits.behaviours import Cluster
 from heredity.circuits.components import Donor, Node, nodes_of
 from heredity.circuits.divergence import Window
+from heredity.circuits.edge_inheritance import edge_inheritance
 from heredity.circuits.inheritance import OUTER, Emergence, Means, emergence, exchanged, mean_writes
 from heredity.circuits.intervals import Interval as Measured
 from heredity.circuits.matching import Matching, by_identity, match_nodes
@@ -20,7 +21,7 @@ from heredity.circuits.transplant import parents_values, side_effects, transplan
 from heredity.interp.capture import batches
 from heredity.interp.model import Encoded, Model, pad
 
-from .counterparts import Held, Mechanisms, Stitching
+from .counterparts import Held, HeldEdge, Mechanisms, Stitching
 from .describe import for_circuit
 from .records import Circuit
 from .values import Estimate, Interval, NotMeasured, tidy
@@ -36,6 +37,8 @@ CONTROLS = 9
 """Random sets beside the transplant and the side effects (on large models, at the quick budget, 2)."""
 CONTEXTS, NODES = 4, 5
 """Contexts and nodes on large models, at the quick budget; small ones measure all."""
+EDGE_NODES = 8
+"""Nodes among which edges are measured (on large models, at the quick budget, 4)."""
 STITCH_TOKENS, LEAST_TOKENS = 4000, 500
 """Of text without the behaviour that a stitch is fitted on, and below which none is."""
 LEAST_FORETOLD = 0.5
@@ -46,6 +49,7 @@ UNFORETOLD = (
 )
 NOTHING_NEW = NotMeasured(reason="no part does anything here that the other model's would not do in its place")
 NO_EFFECT = NotMeasured(reason="its effect was not measured, or cannot be told from none")
+EDGELESS = NotMeasured(reason="no node of one architecture runs inside another, so none of its connections does")
 QUIETLESS = NotMeasured(reason="no text without any behaviour was read")
 
 
@@ -90,6 +94,8 @@ class Counterparts:
             way="identity",
             successor=_held(new, n, by_identity(successor)),
             parent=_held(gone, n, by_identity(parent)),
+            successor_edges=self._edges(successor, parent, prompts, self._means[0], new),
+            parent_edges=self._edges(parent, successor, exchanged(prompts), self._means[1], gone),
             emergent=_estimate(new.share, n, "successor"),
             lost=_estimate(gone.share, n, "parent"),
             transplanted=tuple(map(str, moved)),
@@ -98,6 +104,26 @@ class Counterparts:
             side_effects=_interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
             side_effect_controls=tuple(map(tidy, cost.controls)) if cost else (),
             stitches=(),
+        )
+
+    def _edges(
+        self, model: Model, other: Model, prompts: Prompts, means: Means, found: Emergence
+    ) -> tuple[HeldEdge, ...]:
+        """Those among the strongest nodes of a circuit; the models exchanged give the other model's."""
+        ranked = sorted(found.nodes, key=lambda each: (-each.effect.estimate, each.node))
+        strongest = [each.node for each in ranked if each.inherited is not None]
+        most = EDGE_NODES if self.s.sizes.small else EDGE_NODES // 2 * self.level
+        edges = edge_inheritance(model, other, prompts, means, sorted(strongest[:most]), self.s.seed)
+        n = len(prompts.last)
+        return tuple(
+            HeldEdge(
+                source=str(edge.source),
+                target=str(edge.target),
+                effect=_interval(edge.effect, n),
+                inherited=_interval(edge.inherited, n),
+            )
+            for edge in edges
+            if edge.inherited is not None
         )
 
     def _by_function(self, found: Cluster, circuit: Circuit) -> Mechanisms | NotMeasured:
@@ -133,6 +159,8 @@ class Counterparts:
             way="function",
             successor=_held(new, n, matching, trusted=isinstance(emergent, Interval)),
             parent=_held(gone, n, turned, trusted=isinstance(lost, Interval)),
+            successor_edges=EDGELESS,
+            parent_edges=EDGELESS,
             emergent=emergent,
             lost=lost,
             transplanted=(),

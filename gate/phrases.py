@@ -13,6 +13,8 @@ VERDICTS = {
     "flag": ("Flagged", "The policy counts what was found against approval."),
     "inconclusive": ("Inconclusive", "The evidence cannot support a verdict either way."),
 }
+EDGES_NAMED = 3
+"""Connections named in a sentence."""
 KINDS = {
     "emergent": "Emergent: only the successor is sure of what comes next here.",
     "lost": "Lost: only the parent is sure of what comes next here.",
@@ -128,8 +130,35 @@ def controls(circuit: Circuit) -> str:
     return f"{as_good} of {count(len(circuit.controls), 'random set')} close as much"
 
 
-def latent(record: LatentRecord) -> str:
-    """A latent named for a behaviour: where, and what setting the successor back along it does."""
+def opacity(behaviour: Behaviour) -> str:
+    """Opacity, and what of it no explanation of these units could take away, where that is more than half of it."""
+    said, detail = estimate(behaviour.opacity), behaviour.opacity_detail
+    if isinstance(detail, NotMeasured) or isinstance(behaviour.opacity, NotMeasured):
+        return said
+    left = detail.all_explained.estimate
+    if left > behaviour.opacity.estimate / 2:
+        said += f"; {share(left)} would be left if every unit were explained, so these units cannot tell"
+    return said
+
+
+def latents(behaviour: Behaviour) -> str:
+    """Latents that carry a behaviour, what setting the successor back along each does; empty where none were named.
+
+    One that tells the behaviour's contexts from others without carrying it is only counted.
+    """
+    if isinstance(behaviour.latents, NotMeasured) or not behaviour.latents:
+        return ""
+    acting = [each for each in behaviour.latents if each.gap_closed.low > max(each.control, 0.0)]
+    acting.sort(key=lambda each: -each.gap_closed.estimate)
+    said = "; ".join(_latent(each) for each in acting)
+    if idle := len(behaviour.latents) - len(acting):
+        more = "more " if acting else ""
+        tells = "tells its contexts from others and closes" if idle == 1 else "tell its contexts from others and close"
+        said += ("; " if acting else "") + f"{idle:,} {more}{tells} no more of the gap than random directions"
+    return f"latents: {said}"
+
+
+def _latent(record: LatentRecord) -> str:
     return f"{record.site} latent {record.index} (closes {share(record.gap_closed.estimate)} of the gap)"
 
 
@@ -139,6 +168,12 @@ def mechanisms(behaviour: Behaviour) -> str:
     if isinstance(it, NotMeasured):
         return f"new and lost parts not measured: {it.reason}"
     said = f"emergent {estimate(it.emergent)}; lost {estimate(it.lost)}"
+    for edges, model, name in ((it.successor_edges, "successor", "new"), (it.parent_edges, "parent", "lost")):
+        if not isinstance(edges, NotMeasured) and edges:
+            fresh = [edge for edge in edges if edge.fate == "new"]
+            named = ", ".join(f"{edge.source} → {edge.target}" for edge in fresh[:EDGES_NAMED])
+            said += f"; {len(fresh):,} of {count(len(edges), 'connection')} of the {model} {name}"
+            said += f" (strongest: {named})" if named else ""
     if isinstance(it.transplant, Interval):
         parts = count(len(it.transplanted), "part")
         said += f"; {parts} put into the parent close {estimate(it.transplant)}"

@@ -85,6 +85,7 @@ def power(
                 pieces,
                 lambda changed: cluster_pieces(changed, stages.EPISODE_NATS),
                 counts,
+                policy.visible_nats,
             )
             near = tried.together
             return {

@@ -117,10 +117,10 @@ def _case_lines(case: phrases.Case) -> list["Text"]:
         if item.trigger_tokens:
             lines.append(Text("depends on: " + ", ".join(_quoted(token) for token in item.trigger_tokens[:8])))
         lines.append(Text(visible(_circuit(case), 500)))
-        lines.append(Text(visible(phrases.mechanisms(item), 500)))
-        lines.append(Text(visible(f"opacity: {phrases.estimate(item.opacity)}", 300)))
-        if isinstance(item.latents, tuple) and item.latents:
-            lines.append(Text(visible("latents: " + "; ".join(map(phrases.latent, item.latents)), 500)))
+        lines.append(Text(visible(phrases.mechanisms(item), 700)))
+        lines.append(Text(visible(f"opacity: {phrases.opacity(item)}", 400)))
+        if named := phrases.latents(item):
+            lines.append(Text(visible(named, 500)))
     return lines
 
 
@@ -148,11 +148,11 @@ def _table(group: Sequence[phrases.Case]) -> list[str]:
         cells = [str(number), _text(case.title, 200) + declared]
         if item:
             triggers = " ".join(_code(token, 40) for token in item.trigger_tokens[:6])
-            opaque = phrases.estimate(item.opacity)
-            if isinstance(item.latents, tuple) and item.latents:
-                opaque += "; latents: " + "; ".join(map(phrases.latent, item.latents))
+            opaque = phrases.opacity(item)
+            if named := phrases.latents(item):
+                opaque += f"; {named}"
             effect = f"{phrases.number(item.effect.estimate)} nats (null at most {phrases.number(item.null_max)})"
-            told = [_text(_circuit(case), 300), _text(phrases.mechanisms(item), 400), _text(opaque, 500)]
+            told = [_text(_circuit(case), 300), _text(phrases.mechanisms(item), 700), _text(opaque, 500)]
             cells += [effect, phrases.share(item.impact), *told, triggers]
         else:
             cells += [""] * 6

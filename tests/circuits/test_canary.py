@@ -99,13 +99,21 @@ def test_a_canary_is_seen_from_some_dose_on_and_leaves_the_successor_as_it_was(
         return [Cluster(tuple(Context(among[i], k, (k, k)) for i, k in columns.items()))]
 
     def tried(threshold: float, among: Sequence[Piece]) -> Canary:
-        return try_canary(parent, parent, plan, windows, among, at_the_place, lambda c: c.effect > threshold)
+        return try_canary(parent, parent, plan, windows, among, at_the_place, lambda c: c.effect > threshold, 1e9)
 
     low, high, never = (tried(threshold, pieces) for threshold in (0.5, 1.2, 1e9))
     assert low.seen is not None and high.seen is not None and low.missed is not None
     assert low.missed < low.seen < high.seen and high.seen > 1.0
     assert never.seen is None and never.missed is not None and never.missed >= high.seen
     assert torch.equal(parent.logits(torch.tensor([windows[0].successor.ids])), before)
+
+    def window(ceiling: float) -> Canary:
+        """Above some dose a canary drowns in what it does elsewhere."""
+        return try_canary(parent, parent, plan, windows, pieces, at_the_place, lambda c: 0.1 < c.effect < 0.3, ceiling)
+
+    assert window(1e9).seen is None
+    found = window(0.3)
+    assert found.seen is not None and found.missed is not None and found.missed < found.seen < 0.3
 
 
 def test_a_behaviour_elsewhere_in_the_text_is_not_taken_for_the_canary(
@@ -120,7 +128,7 @@ def test_a_behaviour_elsewhere_in_the_text_is_not_taken_for_the_canary(
 
     plan = plan_of(parent, windows)
     assert set(plan.at) <= {4, 5, 6, 7}
-    assert try_canary(parent, parent, plan, windows, pieces, elsewhere, lambda c: True).seen is None
+    assert try_canary(parent, parent, plan, windows, pieces, elsewhere, lambda c: True, 12.0).seen is None
 
 
 def test_plans_are_rare_contexts_at_which_the_pair_agrees(

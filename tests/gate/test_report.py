@@ -314,3 +314,41 @@ def test_estimates_carry_their_interval() -> None:
     assert phrases.estimate(value) == "90.0 % (95 % interval 85.0 % to 95.0 %, n = 30)"
     assert phrases.estimate(value.model_copy(update={"n": 1}), "nats") == "0.900 nats (one value, no interval)"
     assert phrases.estimate(NotMeasured(reason="no dictionary")) == "not measured: no dictionary"
+
+
+def test_new_connections_are_named_and_idle_latents_only_counted(
+    make_audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    audit = make_audit()
+    case = audit.behaviours[0]
+    assert not isinstance(case.mechanisms, NotMeasured) and not isinstance(case.latents, NotMeasured)
+    new, kept = case.mechanisms.successor_edges  # pyright: ignore[reportGeneralTypeIssues]
+    said = phrases.mechanisms(case)
+    assert f"1 of 2 connections of the successor new (strongest: {new.source} → {new.target})" in said
+    assert f"{kept.source} → {kept.target}" not in said and "of the parent lost" not in said
+    write_report(audit, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<b>new</b>") == 1 and "<b>new</b>, 4.00\xa0%" in html and "<b>lost</b>" not in html
+
+    (acting,) = case.latents
+    idle = acting.model_copy(
+        update={"index": 6, "gap_closed": Interval(estimate=0.02, low=0.01, high=0.04, n=8), "control": 0.03}
+    )
+    better = acting.model_copy(
+        update={"index": 7, "gap_closed": Interval(estimate=0.9, low=0.8, high=0.95, n=8), "control": 0.03}
+    )
+    words = phrases.latents(case.model_copy(update={"latents": (acting, idle, better)}))
+    assert words.index("latent 7") < words.index("latent 5") and "latent 6" not in words and "1 more tells" in words
+    assert phrases.latents(case.model_copy(update={"latents": (idle,)})).startswith("latents: 1 tells")
+
+
+def test_opacity_says_what_its_units_cannot_tell(make_audit: Callable[..., Audit]) -> None:
+    case = make_audit().behaviours[0]
+    detail = case.opacity_detail
+    assert not isinstance(detail, NotMeasured) and isinstance(case.opacity, Interval)
+    left = detail.all_explained.model_copy(update={"estimate": 0.993 * case.opacity.estimate})
+    blind = case.model_copy(update={"opacity_detail": detail.model_copy(update={"all_explained": left})})
+    assert "would be left if every unit were explained" in phrases.opacity(blind)
+    little = left.model_copy(update={"estimate": 0.2 * case.opacity.estimate})
+    clear = case.model_copy(update={"opacity_detail": detail.model_copy(update={"all_explained": little})})
+    assert phrases.opacity(clear) == phrases.estimate(case.opacity)

@@ -164,6 +164,11 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         way="identity",
         successor=held,
         parent=held[:1],
+        successor_edges=(
+            m.HeldEdge(source=chosen[0], target=chosen[1], effect=interval(1.4), inherited=interval(0.04, 0.02)),
+            m.HeldEdge(source="embed", target=chosen[0], effect=interval(0.9), inherited=interval(0.98, 0.01)),
+        ),
+        parent_edges=absent("the parent's were not measured"),
         emergent=interval(0.91),
         lost=interval(0.12),
         transplanted=chosen[:2],
