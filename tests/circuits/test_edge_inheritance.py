@@ -38,6 +38,22 @@ def test_a_model_inherited_every_edge_from_itself(
     assert len(held(found)) >= 5 and set(held(found).values()) == {1.0}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "neox"])
+def test_other_families_have_their_own_edges_and_exchange_them(
+    pair_of: Callable[[str], tuple[Model, Model]], draw: Callable[..., Tensor], family: str
+) -> None:
+    parent, successor = pair_of(family)
+    tokens = draw(6, 8)
+    says = [model.logits(tokens)[:, -1].argmax(-1) for model in (successor, parent)]
+    prompts = Prompts(tokens, torch.full((6,), 7), *says)
+    nodes = [node for node in nodes_of(parent) if node.kind != "head" or node.head == 0]
+    edges = {(str(edge.source), str(edge.target)) for edge in of(successor, parent, prompts, nodes)}
+    # Where attention and MLP stand side by side, neither reads the other.
+    assert (("attn_head@1.0", "mlp_out@1") in edges) == (family != "neox")
+    assert ("mlp_out@0", "attn_head@1.0") in edges and ("mlp_out@1", "mlp_out@0") not in edges
+    assert set(held(of(successor, successor, prompts, nodes)).values()) <= {1.0}
+
+
 def test_edges_in_and_out_of_a_new_node_are_new_and_those_that_pass_it_on_are_not(
     parent: Model, twin: Model, draw: Callable[..., Tensor], prompts_at: Callable[..., Prompts]
 ) -> None:
