@@ -38,7 +38,7 @@ CONTROLS = 9
 CONTEXTS, NODES = 4, 5
 """Contexts and nodes on large models, at the quick budget; small ones measure all."""
 EDGE_NODES = 8
-"""Nodes among which edges are measured (on large models, at the quick budget, 4)."""
+"""Heads and MLPs among which, and the ends, edges are measured (on large models, at the quick budget, 4)."""
 STITCH_TOKENS, LEAST_TOKENS = 4000, 500
 """Of text without the behaviour that a stitch is fitted on, and below which none is."""
 LEAST_FORETOLD = 0.5
@@ -109,11 +109,13 @@ class Counterparts:
     def _edges(
         self, model: Model, other: Model, prompts: Prompts, means: Means, found: Emergence
     ) -> tuple[HeldEdge, ...]:
-        """Those among the strongest nodes of a circuit; the models exchanged give the other model's."""
+        """Those among the strongest nodes of a circuit and its ends; exchanged models give the other's circuit."""
         ranked = sorted(found.nodes, key=lambda each: (-each.effect.estimate, each.node))
-        strongest = [each.node for each in ranked if each.inherited is not None]
+        inside = [each.node for each in ranked if each.inherited is not None]
+        ends = [node for node in inside if node.kind in OUTER]
         most = EDGE_NODES if self.s.sizes.small else EDGE_NODES // 2 * self.level
-        edges = edge_inheritance(model, other, prompts, means, sorted(strongest[:most]), self.s.seed)
+        strongest = [node for node in inside if node.kind not in OUTER][:most]
+        edges = edge_inheritance(model, other, prompts, means, sorted([*ends, *strongest]), self.s.seed)
         n = len(prompts.last)
         return tuple(
             HeldEdge(
