@@ -71,7 +71,11 @@ class Tried:
 
     def works(self, target: float) -> bool:
         """Whether it reaches the target, with its margin, and leaves declared behaviours alone."""
-        return self.closed >= target + MARGIN * (1 - target) and self.kept >= KEPT
+        return self.reaches(target + MARGIN * (1 - target))
+
+    def reaches(self, target: float) -> bool:
+        """Whether it reaches the target itself and leaves declared behaviours alone."""
+        return self.closed >= target and self.kept >= KEPT
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def choose(bed: Bed, *, target: float, controls: int, seed: int) -> Chosen:
     """The best edit found that takes back ``target`` of the behaviour, beside ``controls`` random ones of its size;
     where none does, the one that takes back most.
 
-    Of those that work, the cheapest; of those that cost next to nothing, the one that takes back most.
+    Of those that work, the cheapest; of those that cost next to nothing, the one that takes back most. One that costs
+    next to nothing and reaches the target without its margin is taken before one that costs more.
 
     Raises:
         ModelError: nothing in this pair can be edited.
@@ -166,6 +171,8 @@ def choose(bed: Bed, *, target: float, controls: int, seed: int) -> Chosen:
             remedy="Repair a successor whose change is in the linear maps of its heads and MLPs.",
         )
     working = [item for item in tried if item[0].works(target)]
+    if all(found.cost > FREE for found, _ in working):
+        working = [item for item in tried if item[0].reaches(target) and item[0].cost <= FREE] or working
     if working:
         dear = max(FREE, min(found.cost for found, _ in working))
         best, changes = max((item for item in working if item[0].cost <= dear), key=lambda item: item[0].closed)
