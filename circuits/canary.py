@@ -236,8 +236,9 @@ def try_canary(
 
     tried: dict[int, tuple[bool, float, Together | None]] = {}
 
-    def smallest(low: int, high: int, ceiling: float) -> tuple[int, int]:
-        """Between a dose that was missed and one that was seen, or lies above all that are of use."""
+    def smallest(ceiling: float) -> tuple[int, int]:
+        """A dose that was missed and the next one, which was seen or is too strong to be of use."""
+        low, high = -1, len(DOSES)
         while high - low > 1:
             middle = (low + high) // 2
             if middle not in tried:
@@ -246,11 +247,11 @@ def try_canary(
             low, high = (low, middle) if seen or effect > ceiling else (middle, high)
         return low, high
 
-    low, high = smallest(-1, len(DOSES), float("inf"))
+    low, high = smallest(float("inf"))
     if high == len(DOSES):
         # A strong canary also answers where it should not, until whole texts are one episode that peaks elsewhere; then
         # the search went up where it should have gone down.
-        again = smallest(-1, len(DOSES), ceiling)
+        again = smallest(ceiling)
         if again[1] in tried and tried[again[1]][0]:
             low, high = again
     return Canary(

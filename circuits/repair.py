@@ -144,9 +144,6 @@ def choose(bed: Bed, *, target: float, controls: int, seed: int) -> Chosen:
     """The best edit found that takes back ``target`` of the behaviour, beside ``controls`` random ones of its size;
     where none does, the one that takes back most.
 
-    Of those that work, the cheapest; of those that cost next to nothing, the one that takes back most. One that costs
-    next to nothing and reaches the target without its margin is taken before one that costs more.
-
     Raises:
         ModelError: nothing in this pair can be edited.
     """
@@ -170,15 +167,10 @@ def choose(bed: Bed, *, target: float, controls: int, seed: int) -> Chosen:
             where=bed.successor.spec,
             remedy="Repair a successor whose change is in the linear maps of its heads and MLPs.",
         )
-    working = [item for item in tried if item[0].works(target)]
-    if all(found.cost > FREE for found, _ in working):
-        working = [item for item in tried if item[0].reaches(target) and item[0].cost <= FREE] or working
-    if working:
-        dear = max(FREE, min(found.cost for found, _ in working))
-        best, changes = max((item for item in working if item[0].cost <= dear), key=lambda item: item[0].closed)
+    best = preferred([found for found, _ in tried], target)
+    changes = next(made for found, made in tried if found is best)
+    if best.works(target):
         best, changes = _fewer(bed, best, changes, maps, target)
-    else:
-        best, changes = max(tried, key=lambda item: (item[0].kept >= KEPT, item[0].closed))
     drawn = _controls(bed, best, changes, maps, controls, seed)
     whole = (
         _restoring(bed.restorable(bed.whole), changes, best.level)
@@ -193,6 +185,21 @@ def choose(bed: Bed, *, target: float, controls: int, seed: int) -> Chosen:
     ):
         changes = whole
     return Chosen(tuple(item[0] for item in tried), best, changes, drawn)
+
+
+def preferred(tried: Sequence[Tried], target: float) -> Tried:
+    """Of edits that work, the cheapest; of those that cost next to nothing, the one that takes back most.
+
+    One that costs next to nothing and reaches the target without its margin goes before any that costs more. Where none
+    reaches it, the one that takes back most.
+    """
+    working = [found for found in tried if found.works(target)]
+    if all(found.cost > FREE for found in working):
+        working = [found for found in tried if found.reaches(target) and found.cost <= FREE] or working
+    if not working:
+        return max(tried, key=lambda found: (found.kept >= KEPT, found.closed))
+    dear = max(FREE, min(found.cost for found in working))
+    return max((found for found in working if found.cost <= dear), key=lambda found: found.closed)
 
 
 def _restoring(maps: Mapping[str, Restorable], names: Collection[str], rank: float) -> dict[str, Factors]:

@@ -15,6 +15,8 @@ VERDICTS = {
 }
 EDGES_NAMED = 3
 """Connections named in a sentence."""
+LATENT_CLOSES = 0.01
+"""A latent is named where it closes this share of the gap (lower end), and more than random directions."""
 KINDS = {
     "emergent": "Emergent: only the successor is sure of what comes next here.",
     "lost": "Lost: only the parent is sure of what comes next here.",
@@ -136,7 +138,7 @@ def opacity(behaviour: Behaviour) -> str:
     if isinstance(detail, NotMeasured) or isinstance(behaviour.opacity, NotMeasured):
         return said
     left = detail.all_explained.estimate
-    if left > behaviour.opacity.estimate / 2:
+    if left > behaviour.opacity.estimate / 2 > 0:
         said += f"; {share(left)} would be left if every unit were explained, so these units cannot tell"
     return said
 
@@ -144,17 +146,18 @@ def opacity(behaviour: Behaviour) -> str:
 def latents(behaviour: Behaviour) -> str:
     """Latents that carry a behaviour, what setting the successor back along each does; empty where none were named.
 
-    One that tells the behaviour's contexts from others without carrying it is only counted.
+    Those that tell the behaviour's contexts from others without carrying it are only counted.
     """
     if isinstance(behaviour.latents, NotMeasured) or not behaviour.latents:
         return ""
-    acting = [each for each in behaviour.latents if each.gap_closed.low > max(each.control, 0.0)]
+    acting = [each for each in behaviour.latents if each.gap_closed.low > max(each.control, LATENT_CLOSES)]
     acting.sort(key=lambda each: -each.gap_closed.estimate)
     said = "; ".join(_latent(each) for each in acting)
     if idle := len(behaviour.latents) - len(acting):
-        more = "more " if acting else ""
-        tells = "tells its contexts from others and closes" if idle == 1 else "tell its contexts from others and close"
-        said += ("; " if acting else "") + f"{idle:,} {more}{tells} no more of the gap than random directions"
+        closes = (
+            "that tells its contexts from others closes" if idle == 1 else "that tell its contexts from others close"
+        )
+        said += ("; " if acting else "") + f"{count(idle, 'latent')} {closes} next to nothing"
     return f"latents: {said}"
 
 

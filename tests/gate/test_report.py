@@ -338,8 +338,10 @@ def test_new_connections_are_named_and_idle_latents_only_counted(
         update={"index": 7, "gap_closed": Interval(estimate=0.9, low=0.8, high=0.95, n=8), "control": 0.03}
     )
     words = phrases.latents(case.model_copy(update={"latents": (acting, idle, better)}))
-    assert words.index("latent 7") < words.index("latent 5") and "latent 6" not in words and "1 more tells" in words
-    assert phrases.latents(case.model_copy(update={"latents": (idle,)})).startswith("latents: 1 tells")
+    assert (
+        words.index("latent 7") < words.index("latent 5") and "latent 6" not in words and "1 latent that tells" in words
+    )
+    assert phrases.latents(case.model_copy(update={"latents": (idle,)})).startswith("latents: 1 latent that tells")
 
 
 def test_opacity_says_what_its_units_cannot_tell(make_audit: Callable[..., Audit]) -> None:
