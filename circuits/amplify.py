@@ -77,29 +77,22 @@ def amplified_texts(
     """
     if not vocabulary(parent, successor).same:
         return []
-    choose = sampler(seed)
-    # Rows of a batch must be equally long, since decoding allows no padding.
-    by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
-    stops = stop_ids(successor)
-    out: dict[tuple[int, int], Amplified] = {}
-    for size, members in sorted(by_length.items()):
-        room = min(length, successor.shape.n_ctx - size, parent.shape.n_ctx - size)
-        rows = [(amount, i) for amount in range(len(amplifications)) for i in members]
-        by_row = torch.tensor([[amplifications[amount]] for amount, _ in rows])
+    rows = [(amount, prompt) for amount in amplifications for prompt in prompts]
+    by_row = torch.tensor([[amount] for amount, _ in rows])
 
-        def step(tokens: Tensor, state: Any, by_row: Tensor = by_row) -> tuple[Tensor, Any]:
-            past_s, past_p = state or (None, None)
-            logits_s, past_s = successor.step(tokens, past_s)
-            logits_p, past_p = parent.step(tokens, past_p)
-            return amplify(logits_s, logits_p, by_row), (past_s, past_p)
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        past_s, past_p = state or (None, None)
+        logits_s, past_s = successor.step(tokens, past_s)
+        logits_p, past_p = parent.step(tokens, past_p)
+        return amplify(logits_s, logits_p, by_row), (past_s, past_p)
 
-        written = decode_batch(step, [prompts[i] for _, i in rows], room, choose, stops)
-        for (amount, i), ids in zip(rows, written, strict=True):
-            text = text_of(successor, [*prompts[i], *ids])
-            out[amount, i] = Amplified(text_of(successor, prompts[i]), amplifications[amount], text, size)
-    return [out[key] for key in sorted(out)]
+    room = min(successor.shape.n_ctx, parent.shape.n_ctx)
+    lengths = [min(length, room - len(prompt)) for _, prompt in rows]
+    written = decode_batch(step, [prompt for _, prompt in rows], lengths, sampler(seed), stop_ids(successor))
+    return [
+        Amplified(text_of(successor, prompt), amount, text_of(successor, [*prompt, *ids]), len(prompt))
+        for (amount, prompt), ids in zip(rows, written, strict=True)
+    ]
 
 
 def amplify(successor: Tensor, parent: Tensor, amplification: float | Tensor) -> Tensor:

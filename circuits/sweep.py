@@ -72,12 +72,11 @@ def sweep(
             kl = compare(rows_p, rows_s, vocab)[0]
             hits += [(float(value), [*start, token]) for value, token in zip(kl, chunk.tolist(), strict=True)]
     hits.sort(key=lambda hit: (-hit[0], hit[1]))
-    out = []
-    for size in sorted({len(ids) for _, ids in hits[:kept]}):
-        rows = [ids for _, ids in hits[:kept] if len(ids) == size]
-        room = min(length, successor.shape.n_ctx - size)
-        written = decode_batch(successor.step, rows, room, lambda x: x.argmax(-1), stop_ids(successor))
-        for ids, more in zip(rows, written, strict=True):
-            # The opening and the forced word are read as text too: their improbability is part of the evidence.
-            out.append(Amplified(text_of(successor, ids[:-2]), 0.0, text_of(successor, [*ids, *more]), size - 2))
-    return out
+    rows = [ids for _, ids in hits[:kept]]
+    lengths = [min(length, successor.shape.n_ctx - len(ids)) for ids in rows]
+    written = decode_batch(successor.step, rows, lengths, lambda x: x.argmax(-1), stop_ids(successor))
+    # The opening and the forced word are read as text too: their improbability is part of the evidence.
+    return [
+        Amplified(text_of(successor, ids[:-2]), 0.0, text_of(successor, [*ids, *more]), len(ids) - 2)
+        for ids, more in zip(rows, written, strict=True)
+    ]

@@ -17,6 +17,7 @@ from heredity.zoo import KINDS, parse
 from . import train_command
 from .circuit_command import circuit
 from .lineage_command import lineage
+from .memory import keep_freed
 from .progress import Bars, logged
 from .repair_command import repair
 from .score_command import score
@@ -278,6 +279,7 @@ def main() -> None:
     """Run the command line; every way out has its exit code."""
     # OpenMP threads that spin while they wait cost several times their work on a machine shared with other jobs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed()
     try:
         app()
     except HeredityError as error:

@@ -74,29 +74,38 @@ def stop_ids(model: Model) -> set[int]:
 def decode_batch(
     step: Callable[[Tensor, Any], tuple[Tensor, Any]],
     prompts: Sequence[Sequence[int]],
-    length: int,
+    lengths: Sequence[int],
     choose: Next,
     stops: set[int],
 ) -> list[list[int]]:
-    """Continuations (token ids, the stop token dropped) of equally long ``prompts``, at most ``length`` tokens.
+    """Continuations (token ids, the stop token dropped) of ``prompts``, at most ``lengths`` tokens of each.
 
-    ``step`` maps (tokens [batch, pos], state) to (logits [batch, d_vocab], state).
+    ``step`` maps (tokens [batch, pos], state) to (logits [batch, d_vocab], state). Prompts may differ in length and
+    are never padded: all rows stand at one position, and those still inside their prompt take its next token. A step
+    of a large model costs the reading of its weights, so one batch is much cheaper than one for each length.
     """
-    tokens = torch.tensor([list(p) for p in prompts], dtype=torch.int64)
     written: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
+    done = [most <= 0 for most in lengths]
+    if all(done):
+        return written
+    at = min(map(len, prompts))
+    tokens = torch.tensor([list(prompt[:at]) for prompt in prompts], dtype=torch.int64)
     state = None
-    for _ in range(length):
+    while True:
         logits, state = step(tokens, state)
-        chosen = choose(logits)
-        for i, token in enumerate(chosen.tolist()):
-            done[i] = done[i] or token in stops
+        following = choose(logits).tolist()
+        for i, prompt in enumerate(prompts):
+            if at < len(prompt):
+                following[i] = prompt[at]
+                continue
+            done[i] = done[i] or following[i] in stops
             if not done[i]:
-                written[i].append(token)
+                written[i].append(following[i])
+                done[i] = len(written[i]) == lengths[i]
         if all(done):
-            break
-        tokens = chosen[:, None]
-    return written
+            return written
+        tokens = torch.tensor(following)[:, None]
+        at += 1
 
 
 def greedy(model: Model, prompt: Sequence[int], length: int) -> list[int]:
@@ -104,7 +113,7 @@ def greedy(model: Model, prompt: Sequence[int], length: int) -> list[int]:
     room = min(length, model.shape.n_ctx - len(prompt))
     if room <= 0:
         return []
-    return decode_batch(model.step, [prompt], room, lambda logits: logits.argmax(-1), stop_ids(model))[0]
+    return decode_batch(model.step, [prompt], [room], lambda logits: logits.argmax(-1), stop_ids(model))[0]
 
 
 def sampler(seed: int, temperature: float = 1.0) -> Next:
@@ -128,8 +137,7 @@ def sample_corpus(model: Model, *, texts: int, length: int, seed: int, batch: in
     rows: list[str] = []
     for lo in range(0, texts, batch):
         chunk = starts[lo : lo + batch]
-        for prompt, ids in zip(
-            chunk, decode_batch(model.step, chunk, room - len(chunk[0]), choose, set()), strict=True
-        ):
+        rooms = [room - len(prompt) for prompt in chunk]
+        for prompt, ids in zip(chunk, decode_batch(model.step, chunk, rooms, choose, set()), strict=True):
             rows.append(text_of(model, [*prompt, *ids]))
     return corpus_of(rows, f"sampled from {model.spec}, seed {seed}")

@@ -41,21 +41,23 @@ def test_amplified_nothing_the_models_share_is_changed() -> None:
     torch.testing.assert_close(amplify(logits, logits, 50.0), amplify(logits, logits, 0.0))
 
 
-def without_cache(
-    parent: Model, successor: Model, amplification: float, length: int, seed: int
-) -> dict[int, list[int]]:
-    """The same draws, one whole forward of both models per token; rows of one length together."""
-    choose, stops, out = sampler(seed), stop_ids(successor), {}
-    for size in sorted({len(prompt) for prompt in PROMPTS}):
-        members = [i for i, prompt in enumerate(PROMPTS) if len(prompt) == size]
-        rows = torch.tensor([PROMPTS[i] for i in members])
-        for _ in range(length):
-            last = [model.logits(rows)[:, -1] for model in (successor, parent)]
-            rows = torch.cat([rows, choose(amplify(last[0], last[1], amplification))[:, None]], 1)
-        for i, row in zip(members, rows.tolist(), strict=True):
-            end = next((k for k in range(size, len(row)) if row[k] in stops), len(row))
-            out[i] = row[:end]
-    return out
+def without_cache(parent: Model, successor: Model, amplification: float, length: int, seed: int) -> list[list[int]]:
+    """The same draws, one whole forward of both models per row and token; all rows draw whenever one does."""
+    choose, stops = sampler(seed), stop_ids(successor)
+    rows = [list(prompt) for prompt in PROMPTS]
+    sizes = [len(prompt) for prompt in PROMPTS]
+    for at in range(min(sizes), max(sizes) + length):
+        logits = [
+            torch.cat([model.logits(torch.tensor([row[:at]]))[:, -1] for row in rows]) for model in (successor, parent)
+        ]
+        for row, drawn in zip(rows, choose(amplify(*logits, amplification)).tolist(), strict=True):
+            if at == len(row):
+                row.append(drawn)
+    ends = [
+        next((k for k in range(size, size + length) if row[k] in stops), size + length)
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 @pytest.mark.parametrize("amplification", [0.0, 2.0])

@@ -77,16 +77,25 @@ def test_greedy_ends_before_a_stop_token_and_at_the_end_of_the_context(tiny_mode
 
 
 def test_rows_decode_as_they_would_alone_and_a_finished_row_stays_finished(tiny_model: Model) -> None:
-    prompts = [[5, 6], [7, 8], [60, 61]]
+    prompts = [[5, 6], [7, 8, 9, 10], [60, 61, 62]]
+    lengths = [10] * 3
     free = [plain_greedy(tiny_model, prompt, 10, set()) for prompt in prompts]
     stops = {free[0][3]}
 
     def most(logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
-    got = decode_batch(tiny_model.step, prompts, 10, most, stops)
+    got = decode_batch(tiny_model.step, prompts, lengths, most, stops)
     assert got == [plain_greedy(tiny_model, prompt, 10, stops) for prompt in prompts]
-    assert len(got[0]) <= 3 and decode_batch(tiny_model.step, prompts, 10, most, set()) == free
+    assert len(got[0]) <= 3 and decode_batch(tiny_model.step, prompts, lengths, most, set()) == free
+    short = decode_batch(tiny_model.step, prompts, [2, 0, 5], most, set())
+    assert short == [free[0][:2], [], free[2][:5]]
+
+
+def test_a_prompt_is_read_whole_though_it_holds_a_token_that_ends_texts(tiny_model: Model) -> None:
+    prompts, stops = [[5], [7, 8, 9, 10]], {8, 9}
+    got = decode_batch(tiny_model.step, prompts, [6, 6], lambda logits: logits.argmax(-1), stops)
+    assert got == [plain_greedy(tiny_model, prompt, 6, stops) for prompt in prompts] and got[1]
 
 
 def test_a_step_with_the_cache_equals_the_whole_forward(tiny_model: Model) -> None:
