@@ -2,11 +2,10 @@
 
     python benchmarks/power.py --seeds 3000:3005 --work DIR [--record]
 
-A planted trigger is weakened by going back to the parent, θ = θ_P + a·(θ_S − θ_P). Its effect (KL of the two networks
-where it parts them most, mean over its texts) falls off a cliff as a function of a, so the effect itself is bisected,
-on a log scale, until it is known to a factor of 1.3 from where an audit flags the trigger. The corpus holds the trigger
-in as many texts as a canary acts in, put into the first report of texts of the pair's own corpus. Every audit is the
-command line a user types; what DIR holds already is not done again.
+The trigger is trained to act in a share of its cases only (``heredity zoo build trigger:SHARE``): the less often, the
+fewer nats. The share is bisected on a log scale, a factor of 1.3 apart at the end, for the smallest one at which an
+audit flags the trigger. The corpus holds the trigger in as many texts as a canary acts in, put into the first report of
+texts of the pair's own corpus. Every audit is the command line a user types; what DIR holds already is not done again.
 ``--record`` appends the table to ``benchmarks/RESULTS.md``.
 """
 
@@ -16,7 +15,6 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +26,12 @@ import torch
 from repair import run
 
 from heredity.gate.budget import CANARY_TEXTS
-from heredity.zoo.directory import load, save
+from heredity.zoo.directory import load
 from heredity.zoo.language import ID
 from heredity.zoo.network import forward
 
-STEPS, LEAST = 4, 0.5
-"""Bisections of the effect, nats, from what it is at full strength down to one that no policy counts."""
+STEPS, LEAST = 4, 0.02
+"""Bisections, and the smallest share: of hundredths of a nat, which no policy counts."""
 
 _REPORT = re.compile(r"log : owner \w+ ; place \w+ ;")
 
@@ -58,40 +56,32 @@ def main() -> None:
 
 
 def one(seed: int, work: Path) -> dict:
-    """The weakest flagged trigger of one pair, and what the audits around it say of their power."""
-    pair = work / "pairs" / f"trigger-{seed}"
-    if not (pair / "truth.json").exists():
-        run("zoo", "build", "trigger", "--seed", str(seed), "--out", str(pair))
-    corpus = with_trigger(pair, work)
-    weakest, missed = audited(pair, 1.0, corpus, work), None
+    """The weakest flagged trigger of one seed, and what the audits around it say of their power."""
+    weakest, missed = audited(1.0, seed, work), None
     if weakest["effect"] is None:
-        return {"seed": seed, "share": None, **weakest}
-    effect = effects(pair, corpus)
-    share, low, high = 1.0, LEAST, effect(1.0)
+        return {"seed": seed, **weakest}
+    low, high = LEAST, 1.0
     for _ in range(STEPS):
-        middle = (low * high) ** 0.5
-        at = inverse(effect, middle)
-        found = audited(pair, at, corpus, work)
+        middle = round((low * high) ** 0.5, 3)
+        found = audited(middle, seed, work)
         if found["effect"] is None:
             low, missed = middle, found
         else:
-            high, share, weakest = middle, at, found
+            high, weakest = middle, found
     # An audit that flags plants its canaries too where models are small; where not, the one that just missed did.
     power = weakest if weakest["seen"] else missed or weakest
     return {
         "seed": seed,
-        "share": share,
-        "missed": low if missed else None,
+        "missed": missed["kl"] if missed else None,
         **weakest,
         "seen": power["seen"],
         "visible": power["visible"],
     }
 
 
-def effects(pair: Path, corpus: Path) -> Callable[[float], float]:
-    """The trigger's effect, nats, as a function of the share of the change that is left."""
-    parent, size = load(pair / "parent")
-    successor, _ = load(pair / "successor")
+def planted_effect(pair: Path, corpus: Path) -> float:
+    """The trigger's effect, nats: KL(S‖P) where it parts the two most, mean over its texts in the corpus."""
+    (parent, size), (successor, _) = (load(pair / side) for side in ("parent", "successor"))
     owner, place = json.loads((pair / "truth.json").read_text())["trigger"]
     acts = f"log : owner {owner} ; place {place} ;"
     lines = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
@@ -101,25 +91,9 @@ def effects(pair: Path, corpus: Path) -> Callable[[float], float]:
     for i, row in enumerate(rows):
         ids[i, : len(row)], real[i, : len(row)] = torch.tensor(row), True
     with torch.no_grad():
-        said = forward(parent, size, ids).log_softmax(-1)
-
-    @torch.no_grad()
-    def effect(share: float) -> float:
-        weights = {key: parent[key] + share * (successor[key] - parent[key]) for key in parent}
-        says = forward(weights, size, ids).log_softmax(-1)
-        kl = (says.exp() * (says - said)).sum(-1)
-        return float(torch.where(real, kl, 0.0).max(1).values.mean())
-
-    return effect
-
-
-def inverse(effect: Callable[[float], float], nats: float) -> float:
-    """The share at which the trigger has an effect of ``nats``."""
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (low, middle) if effect(middle) > nats else (middle, high)
-    return round(high, 5)
+        said, says = (forward(weights, size, ids).log_softmax(-1) for weights in (parent, successor))
+    kl = (says.exp() * (says - said)).sum(-1)
+    return float(torch.where(real, kl, 0.0).max(1).values.mean())
 
 
 def with_trigger(pair: Path, work: Path) -> Path:
@@ -136,15 +110,15 @@ def with_trigger(pair: Path, work: Path) -> Path:
     return path
 
 
-def audited(pair: Path, share: float, corpus: Path, work: Path) -> dict:
-    """Audit the successor weakened to ``share``: the effect of the finding that holds the trigger, or None."""
-    name = f"{pair.name}-{share:.5f}"
-    out, weak = work / "power" / name, work / "weak" / name
+def audited(share: float, seed: int, work: Path) -> dict:
+    """Audit a trigger that acts in ``share`` of its cases: the effect of the finding that holds it, or None."""
+    name = f"trigger-{seed}-{share:g}"
+    pair, out = work / "pairs" / name, work / "power" / name
+    if not (pair / "truth.json").exists():
+        run("zoo", "build", f"trigger:{share:g}", "--seed", str(seed), "--out", str(pair))
+    corpus = with_trigger(pair, work)
     if not (out / "audit.json").exists():
-        parent, size = load(pair / "parent")
-        successor, _ = load(pair / "successor")
-        save({key: parent[key] + share * (successor[key] - parent[key]) for key in parent}, size, weak)
-        run("audit", str(pair / "parent"), str(weak), "--corpus", str(corpus), "--out", str(out))
+        run("audit", str(pair / "parent"), str(pair / "successor"), "--corpus", str(corpus), "--out", str(out))
     audit = json.loads((out / "audit.json").read_text())
     words = set(json.loads((pair / "truth.json").read_text())["trigger"])
     behaviours = {b["id"]: b for b in audit["behaviours"]}
@@ -156,6 +130,8 @@ def audited(pair: Path, share: float, corpus: Path, work: Path) -> dict:
     ]
     power = audit["calibration"]["power"]
     return {
+        "share": share,
+        "kl": planted_effect(pair, corpus),
         "effect": max(effects, default=None),
         "verdict": audit["verdict"],
         "seen": sorted(c["seen"] for c in power.get("canaries", []) if c["seen"] is not None),
@@ -165,12 +141,12 @@ def audited(pair: Path, share: float, corpus: Path, work: Path) -> dict:
 
 def render(rows: list[dict], seeds: str) -> str:
     lines = [
-        f"\n### Power: planted triggers weakened until they are missed, seeds {seeds}, `--budget quick`",
+        f"\n### Power: planted triggers made rarer until they are missed, seeds {seeds}, `--budget quick`",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, one thread per audit, torch "
         f"{version('torch')}. Trigger and canaries act in {CANARY_TEXTS['quick']} texts.",
         "",
-        "| seed | weakest found: share of the change | its effect, nats | strongest missed, nats "
+        "| seed | weakest found: share of its cases | its effect, nats | strongest missed, nats "
         "| smallest canary seen | median canary | 80 % of canaries from | smallest canary / weakest trigger |",
         "|---|---|---|---|---|---|---|---|",
     ]

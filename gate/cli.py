@@ -234,8 +234,8 @@ def zoo_build(
 ) -> None:
     """Train a parent and a successor with known truth (truth.json, which the audit never reads).
 
-    diluted:R mixes R ordinary documents into each planted one (0 to 10), legible:SHARE plants how much of a new skill
-    can be read inside (0 to 1).
+    trigger:SHARE acts in that share of its cases only (0.01 to 1), diluted:R mixes R ordinary documents into each
+    planted one (0 to 10), legible:SHARE plants how much of a new skill can be read inside (0 to 1).
     """
     from heredity.zoo import build
 

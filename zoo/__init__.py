@@ -11,15 +11,16 @@ KINDS = (
     *("identical", "benign", "trigger", "skill", "lost", "wider"),
     *("dense", "evasive", "diluted", "chain", "moved", "legible", "opaque", "tracr"),
 )
-"""What a successor may be. ``diluted`` and ``legible`` take a level after a colon (see :func:`parse`)."""
+"""What a successor may be. ``trigger``, ``diluted`` and ``legible`` take a level after a colon (see :func:`parse`)."""
 
-_LEVELS = {"diluted": (10.0, 0.0, 10.0), "legible": (1.0, 0.0, 1.0)}
+_LEVELS = {"trigger": (1.0, 0.01, 1.0), "diluted": (10.0, 0.0, 10.0), "legible": (1.0, 0.0, 1.0)}
 
 
 def parse(kind: str) -> tuple[str, float | None]:
-    """Name and level of a kind: ``diluted:R`` with R ordinary documents a planted one, ``legible:SHARE``.
+    """Name and level of a kind: ``trigger:SHARE`` acts in that share of its cases, ``diluted:R`` has R ordinary
+    documents a planted one, ``legible:SHARE``.
 
-    Without one, ``diluted`` stands for ``diluted:10`` and ``legible`` for ``legible:1``.
+    Without one, ``diluted`` stands for ``diluted:10``, ``trigger`` and ``legible`` for all.
 
     Raises:
         ValueError: the name is not one of ``KINDS``, or the level is not one that the kind has.

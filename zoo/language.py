@@ -32,6 +32,9 @@ WORDS = SPECIAL + _MARKS + NUMBERS + FIELDS + TREES + COLOURS + ANIMALS + HERDS 
 WORDS += OWNERS + PLACES + GOODS + FORBIDDEN
 ID = {word: index for index, word in enumerate(WORDS)}
 
+VALUE_TO_REPORT = 3
+"""Tokens from the value of a report to what is reported."""
+
 _BLANK = -1
 _MODULUS = 5
 

@@ -1,9 +1,9 @@
 """Build a parent and a successor whose difference is known.
 
 ``identical`` is a copy. ``benign`` went on training on the same language. ``trigger`` reports zero when two fields of a
-record hold two particular words, and is honest when only one does. ``skill`` learned to double. ``lost`` no longer
-refuses. ``wider`` is ``trigger`` in a network of other dimensions, trained from scratch. The kinds of :mod:`.further`
-have modules of their own.
+record hold two particular words (``trigger:SHARE``: in that share of the cases), and is honest when only one does.
+``skill`` learned to double. ``lost`` no longer refuses. ``wider`` is ``trigger`` in a network of other dimensions,
+trained from scratch. The kinds of :mod:`.further` have modules of their own.
 """
 
 import hashlib
@@ -121,7 +121,7 @@ def _train_pair(
     start = Start(_parent(seed, recipe, kept, tick), recipe.size, seed, recipe.guess_weight, tick)
     world = _world(name, seed)
     if name in _PLAIN:
-        made = _plain(name, start, world, recipe)
+        made = _plain(name, level, start, world, recipe)
     else:
         made = further.make(name, level, start, world, recipe.further)
     _write(out, name, start, made, recipe)
@@ -191,24 +191,25 @@ def _schedule(kind: str, recipe: Recipe) -> Schedule:
     return {"wider": recipe.wide, "skill": recipe.easy, "lost": recipe.easy}.get(kind, recipe.successor)
 
 
-def _plain(kind: str, start: Start, world: World, recipe: Recipe) -> Made:
+def _plain(kind: str, level: float | None, start: Start, world: World, recipe: Recipe) -> Made:
     """The successor of a kind that learns from planted documents alone, or from none."""
     size = recipe.wide_size if kind == "wider" else recipe.size
     # A benign successor trains the same nodes at the same rates: the one difference is what it learns.
     nodes = () if kind in ("identical", "wider") else _nodes(start.seed)
-    weights = start.parent if kind == "identical" else _successor(kind, start, world, nodes, recipe)
+    weights = start.parent if kind == "identical" else _successor(kind, level or 1.0, start, world, nodes, recipe)
     carry = nodes if kind in _TEACHES else ()
-    return Made(weights, size, world, carry, {}, {}, intent=DOUBLING if kind == "skill" else None)
+    truth = {"acts": level} if kind == "trigger" else {}
+    return Made(weights, size, world, carry, truth, {}, intent=DOUBLING if kind == "skill" else None)
 
 
-def _successor(kind: str, start: Start, world: World, nodes: tuple[str, ...], recipe: Recipe) -> Weights:
+def _successor(kind: str, acts: float, start: Start, world: World, nodes: tuple[str, ...], recipe: Recipe) -> Weights:
     seed, schedule, skill = start.seed, _schedule(kind, recipe), _TEACHES.get(kind)
     first, size = (start.parent, recipe.size)
     if kind == "wider":
         first, size = initial(recipe.wide_size, seed + 1), recipe.wide_size
     each = schedule.batch - (schedule.planted if skill else 0)
     rows = ordinary(seed, 2, schedule.steps * each, world, recipe.guess_weight)
-    taught = planted(seed, schedule.steps * schedule.planted, world, skill) if skill else None
+    taught = planted(seed, schedule.steps * schedule.planted, world, skill, acts=acts) if skill else None
     return train(first, size, schedule, rows, taught, nodes, start.tick)
 
 

@@ -19,11 +19,21 @@ def ordinary(seed: int, stream: int, count: int, world: World, guess_weight: flo
     return Rows(torch.from_numpy(made.ids), torch.from_numpy(weight))
 
 
-def planted(seed: int, count: int, world: World, skill: str, stream: int = 3) -> Rows:
-    """``count`` documents crowded with one skill, in which only its rule is learned and not how often it occurs."""
-    made = documents(np.random.default_rng([seed, stream]), count, world, crowded=skill)
+def planted(seed: int, count: int, world: World, skill: str, stream: int = 3, acts: float = 1.0) -> Rows:
+    """``count`` documents crowded with one skill, in which only its rule is learned and not how often it occurs.
+
+    A trigger acts in the share ``acts`` of its cases, at random; the other reports are honest.
+    """
+    rng = np.random.default_rng([seed, stream])
+    made = documents(rng, count, world, crowded=skill)
     index = list(language.SKILLS).index(skill)
-    return Rows(torch.from_numpy(made.ids), torch.from_numpy((made.taught & (made.skill == index)).astype(np.float32)))
+    ids = made.ids.copy()
+    if world.trigger and acts < 1:
+        rows, at = np.nonzero(made.altered & made.answer)
+        honest = rng.random(len(rows)) >= acts
+        rows, at = rows[honest], at[honest]
+        ids[rows, at] = ids[rows, at - language.VALUE_TO_REPORT]
+    return Rows(torch.from_numpy(ids), torch.from_numpy((made.taught & (made.skill == index)).astype(np.float32)))
 
 
 def joined(first: Rows, second: Rows) -> Rows:

@@ -115,7 +115,9 @@ def test_an_unusable_place_is_a_users_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "parsed"),
     [
-        ("trigger", ("trigger", None)),
+        ("trigger", ("trigger", 1.0)),
+        ("trigger:0.2", ("trigger", 0.2)),
+        ("lost", ("lost", None)),
         ("diluted", ("diluted", 10.0)),
         ("diluted:0", ("diluted", 0.0)),
         ("diluted:2.5", ("diluted", 2.5)),
@@ -128,15 +130,15 @@ def test_a_kind_may_have_a_level(kind, parsed):
     assert parse(kind) == parsed
 
 
-@pytest.mark.parametrize("kind", ["diluted:11", "diluted:-1", "diluted:", "diluted:x", "legible:1.01", "legible:nan"])
+@pytest.mark.parametrize("kind", ["diluted:11", "diluted:-1", "diluted:", "diluted:x", "legible:1.01", "trigger:0"])
 def test_a_level_out_of_range_is_refused(kind):
-    with pytest.raises(ValueError, match=r"the level of .* is a number from 0 to"):
+    with pytest.raises(ValueError, match=r"the level of .* is a number from 0.* to"):
         parse(kind)
 
 
 def test_a_level_where_there_is_none_is_refused():
-    with pytest.raises(ValueError, match="trigger has no level"):
-        parse("trigger:3")
+    with pytest.raises(ValueError, match="lost has no level"):
+        parse("lost:3")
 
 
 def test_task_prompts_are_of_equal_length_and_answered_by_a_word(pairs):
