@@ -141,6 +141,15 @@ def _as_written(model: Model, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def patched_logits(model: Model, tokens: Tensor, replaced: Collection[Node], donor: Donor) -> Tensor:
     """Logits [batch, pos, d_vocab] on ``tokens`` with the nodes in ``replaced`` giving the donor's values."""
+    edits = patches(model, replaced, donor)
+    if Node(model.shape.n_layers, "unembed") in replaced and donor.model is not None:
+        residual = model.capture(tokens, ["final"], edits=edits)["final"]
+        return unembed(donor.model, residual)
+    return model.logits(tokens, edits=edits)
+
+
+def patches(model: Model, replaced: Collection[Node], donor: Donor) -> dict[str, Edit]:
+    """Edits with which the nodes in ``replaced`` (an unembedding among them left alone) give the donor's values."""
     edits: dict[str, Edit] = {}
     heads: dict[int, list[int]] = {}
     for node in sorted(replaced):
@@ -153,10 +162,7 @@ def patched_logits(model: Model, tokens: Tensor, replaced: Collection[Node], don
     for layer, chosen in heads.items():
         for site, edit in _head_edits(model, layer, chosen, donor).items():
             edits[site] = both(edits[site], edit) if site in edits else edit
-    if Node(model.shape.n_layers, "unembed") in replaced and donor.model is not None:
-        residual = model.capture(tokens, ["final"], edits=edits)["final"]
-        return unembed(donor.model, residual)
-    return model.logits(tokens, edits=edits)
+    return edits
 
 
 def _constant(value: Tensor) -> Edit:

@@ -61,8 +61,7 @@ class Stitch:
 
 
 def fit(model: Model, other: Model, texts: Sequence[tuple[Tensor, Tensor]], nodes: Sequence[Node]) -> Stitch:
-    """Fit on ``texts`` = (tokens, mask) [batch, pos]: three fifths of the batches' tokens to fit, one to choose the
-    penalty, one to report on; the map is then of the first four.
+    """Fit on ``texts`` = (tokens, mask) [batch, pos], by :func:`ridge`.
 
     Args:
         model: whose ``nodes`` (heads and MLPs) are foretold.
@@ -80,34 +79,66 @@ def fit(model: Model, other: Model, texts: Sequence[tuple[Tensor, Tensor]], node
         read.append(_stream(other, tokens, sites)[mask].double())
         written.append(torch.stack([donor.write(node)[mask] for node in nodes], 1).double())
     x, y = torch.cat(read), torch.cat(written)
+    found = ridge(x, y.flatten(1))
+    shape = y.shape[1:]
+    missed, whole = (part.reshape(shape).sum(1) for part in (found.missed, found.whole))
+    weights, means = found.weights.reshape(-1, *shape), found.means.reshape(shape)
+    return Stitch(
+        sites,
+        found.centre,
+        found.scale,
+        {node: weights[:, i] for i, node in enumerate(nodes)},
+        {node: means[i] for i, node in enumerate(nodes)},
+        found.penalty,
+        float(1 - missed.sum() / whole.sum()),
+        {node: float(1 - missed[i] / whole[i]) for i, node in enumerate(nodes)},
+    )
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """An affine map from x [N, F] to y [N, D], and how it does on text used for nothing else.
+
+    Attributes:
+        centre, scale: of x [F].
+        weights: for standardised x, [F, D].
+        means: of y [D].
+        penalty: the one chosen.
+        missed, whole: squared error and squared deviation from the mean, of each column of y [D].
+    """
+
+    centre: Tensor
+    scale: Tensor
+    weights: Tensor
+    means: Tensor
+    penalty: float
+    missed: Tensor
+    whole: Tensor
+
+
+def ridge(x: Tensor, y: Tensor) -> Ridge:
+    """Three fifths of the rows to fit, one to choose the penalty, one to report on; the map is then of the first four.
+
+    Raises:
+        ValueError: fewer than 50 rows.
+    """
     if len(x) < 50:
         raise ValueError(f"a stitch needs at least 50 tokens of text, not {len(x)}")
     # Neighbours within a text are alike, so the parts are stretches of text, not single tokens.
     first, second = int(0.6 * len(x)), int(0.8 * len(x))
     centre, scale = x[:second].mean(0), x[:second].std(0).clamp_min(1e-6)
     means = y[:second].mean(0)
-    x, flat = (x - centre) / scale, (y - means).flatten(1)
-    gram, product = x[:first].T @ x[:first], x[:first].T @ flat[:first]
+    x, y = (x - centre) / scale, y - means
+    gram, product = x[:first].T @ x[:first], x[:first].T @ y[:first]
     tried = {}
     for penalty in PENALTIES:
         weights = solved(gram, product, penalty)
-        tried[penalty] = float((x[first:second] @ weights - flat[first:second]).square().sum())
+        tried[penalty] = float((x[first:second] @ weights - y[first:second]).square().sum())
     best = min(tried, key=lambda penalty: tried[penalty])
     gram += x[first:second].T @ x[first:second]
-    weights = solved(gram, product + x[first:second].T @ flat[first:second], best)
-    missed = (flat[second:] - x[second:] @ weights).reshape(-1, *y.shape[1:]).square().sum((0, 2))
-    whole = flat[second:].reshape(-1, *y.shape[1:]).square().sum((0, 2))
-    split = weights.reshape(len(weights), *y.shape[1:])
-    return Stitch(
-        sites,
-        centre,
-        scale,
-        {node: split[:, i] for i, node in enumerate(nodes)},
-        {node: means[i] for i, node in enumerate(nodes)},
-        best,
-        float(1 - missed.sum() / whole.sum()),
-        {node: float(1 - missed[i] / whole[i]) for i, node in enumerate(nodes)},
-    )
+    weights = solved(gram, product + x[first:second].T @ y[first:second], best)
+    missed = (y[second:] - x[second:] @ weights).square().sum(0)
+    return Ridge(centre, scale, weights, means, best, missed, y[second:].square().sum(0))
 
 
 def solved(gram: Tensor, product: Tensor, penalty: float) -> Tensor:

@@ -43,11 +43,11 @@ def transplant(
     seed: int,
 ) -> Checked:
     """Share of the gap that ``nodes`` of ``successor`` close in ``parent``, with its interval over contexts."""
-    target = _log_probs(_at_last(successor, prompts, {}))
-    base = _kl(target, _log_probs(_at_last(parent, prompts, {})))
+    target = log_probs(at_last(successor, prompts, {}))
+    base = divergence(target, log_probs(at_last(parent, prompts, {})))
 
     def left(some: Collection[Node]) -> np.ndarray:
-        return _kl(target, _log_probs(installed(parent, successor, prompts, some)))
+        return divergence(target, log_probs(installed(parent, successor, prompts, some)))
 
     gained = ratio(base - left(nodes), base, seed)
     return Checked(gained, tuple(float(1 - left(some).sum() / base.sum()) for some in controls))
@@ -77,7 +77,7 @@ def installed(model: Model, donor: Model, prompts: Prompts, nodes: Collection[No
         if (model.shape.n_layers, "unembed") in stages:
             final = model.capture(tokens, ["final"], edits=edits)["final"][prompts.rows, prompts.last]
             return unembed(donor, final[:, None])[:, 0]
-        return _at_last(model, prompts, edits)
+        return at_last(model, prompts, edits)
 
 
 def side_effects(
@@ -139,17 +139,20 @@ def _adding(change: Tensor) -> Edit:
     return lambda value: value + change
 
 
-def _at_last(model: Model, prompts: Prompts, edits: dict[str, Edit]) -> Tensor:
+def at_last(model: Model, prompts: Prompts, edits: dict[str, Edit]) -> Tensor:
+    """Logits [B, d_vocab] at the contexts."""
     with torch.inference_mode():
         kept, at = prompts.last.unique(return_inverse=True)
         return model.logits(prompts.tokens, edits=edits, positions=kept)[prompts.rows, at]
 
 
-def _log_probs(logits: Tensor) -> Tensor:
+def log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities in float32."""
     return torch.log_softmax(logits.float(), -1)
 
 
-def _kl(target: Tensor, log_q: Tensor) -> np.ndarray:
+def divergence(target: Tensor, log_q: Tensor) -> np.ndarray:
+    """KL(target ‖ q) [B], nats, over the tokens that both have."""
     size = min(target.shape[1], log_q.shape[1])
     kl = (target[:, :size].exp() * (target[:, :size] - log_q[:, :size])).sum(-1)
     return kl.clamp_min(0).double().numpy()

@@ -64,7 +64,8 @@ class Mechanisms(Record):
     lost: Estimate
     """The same over ``parent``."""
     transplanted: tuple[str, ...]
-    """The fewest nodes that make up the target share of what is new and of what is lost."""
+    """The fewest nodes that make up the target share of what is new and of what is lost; between models whose
+    parameters do not correspond, the fewest that close that share of what all nodes together close."""
     transplant: Estimate
     """Share of the gap that closes when the parent runs with these nodes of the successor."""
     transplant_controls: tuple[float, ...]

@@ -17,6 +17,7 @@ from heredity.circuits.intervals import Interval as Measured
 from heredity.circuits.matching import Matching, by_identity, match_nodes
 from heredity.circuits.reversion import matched
 from heredity.circuits.stitch import Stitch, emergence_across, fit, ordinary
+from heredity.circuits.stitched_transplant import Carried, Passage, passage, transplant_across
 from heredity.circuits.transplant import parents_values, side_effects, transplant
 from heredity.interp.capture import batches
 from heredity.interp.model import Encoded, Model, pad
@@ -46,6 +47,9 @@ LEAST_FORETOLD = 0.5
 
 UNFORETOLD = (
     "a linear map from the other model's stream does not keep half of what the parts do on ordinary text either"
+)
+LOST_ON_THE_WAY = (
+    "even all parts of the successor together, carried over by the fitted maps, close less than half of the gap"
 )
 NOTHING_NEW = NotMeasured(reason="no part does anything here that the other model's would not do in its place")
 NO_EFFECT = NotMeasured(reason="its effect was not measured, or cannot be told from none")
@@ -151,11 +155,26 @@ class Counterparts:
         (new, emergent, matching), (gone, lost, turned) = sides
         quiet, cost = self._quiet, None
         every = {str(node): node for node in nodes_of(successor)}
+        inner = [node for node in every.values() if node.kind in ("head", "mlp")]
         selected = [every[name] for name in circuit.selected]
+        rng = np.random.default_rng(seed)
+        count = CONTROLS if sizes.small else 2 * self.level
+        given: Carried | NotMeasured = emergent if isinstance(emergent, NotMeasured) else NOTHING_NEW
+        if new.carriers(1.0) and isinstance(emergent, Interval):
+            given = transplant_across(
+                self.s.parent,
+                successor,
+                prompts,
+                circuit.target,
+                lambda moved: [matched(moved, inner, rng) for _ in range(count)],
+                self._stitches[0][2],
+                self._passage,
+                seed,
+            )
+            if given.most.low < LEAST_FORETOLD:
+                given = NotMeasured(reason=LOST_ON_THE_WAY)
         if quiet and selected:
-            rng = np.random.default_rng(seed)
-            inner = [node for node in every.values() if node.kind in ("head", "mlp")]
-            sets = [matched(selected, inner, rng) for _ in range(CONTROLS if sizes.small else 2 * self.level)]
+            sets = [matched(selected, inner, rng) for _ in range(count)]
             cost = side_effects(successor, quiet, [self.means()] * len(quiet), selected, sets, seed)
         return Mechanisms(
             way="function",
@@ -165,17 +184,17 @@ class Counterparts:
             parent_edges=EDGELESS,
             emergent=emergent,
             lost=lost,
-            transplanted=(),
-            transplant=NotMeasured(reason="no node of one architecture runs inside another"),
-            transplant_controls=(),
+            transplanted=tuple(map(str, given.nodes)) if isinstance(given, Carried) else (),
+            transplant=_interval(given.share.own, n) if isinstance(given, Carried) else given,
+            transplant_controls=tuple(map(tidy, given.share.controls)) if isinstance(given, Carried) else (),
             side_effects=_interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
             side_effect_controls=tuple(map(tidy, cost.controls)) if cost else (),
             stitches=tuple(quality for _, _, _, quality in self._stitches),
         )
 
     @cached_property
-    def _stitches(self) -> tuple[tuple[Model, Model, Stitch, Stitching], ...]:
-        """Of the successor's nodes from the parent's stream, and the other way; fitted where nothing is new."""
+    def _stitch_texts(self) -> list[tuple[Tensor, Tensor]]:
+        """Text without the behaviour, of enough tokens; empty where there are too few."""
         s = self.s
         few, tokens = [], 0
         for text in self.quiet:
@@ -183,9 +202,18 @@ class Counterparts:
             tokens += len(few[-1].ids)
             if tokens >= STITCH_TOKENS:
                 break
-        if tokens < LEAST_TOKENS:
+        return _in_order(few, s.sizes.batch_tokens) if tokens >= LEAST_TOKENS else []
+
+    @cached_property
+    def _passage(self) -> Passage:
+        return passage(self.s.successor, self.s.parent, self._stitch_texts)
+
+    @cached_property
+    def _stitches(self) -> tuple[tuple[Model, Model, Stitch, Stitching], ...]:
+        """Of the successor's nodes from the parent's stream, and the other way; fitted where nothing is new."""
+        s, texts = self.s, self._stitch_texts
+        if not texts:
             return ()
-        texts = _in_order(few, s.sizes.batch_tokens)
         out = []
         for model, other in ((s.successor, s.parent), (s.parent, s.successor)):
             nodes = [node for node in nodes_of(model) if node.kind in ("head", "mlp")]
