@@ -179,7 +179,8 @@ def mechanisms(behaviour: Behaviour) -> str:
             said += f" (strongest: {named})" if named else ""
     if isinstance(it.transplant, Interval):
         parts = count(len(it.transplanted), "part")
-        said += f"; {parts} put into the parent close {estimate(it.transplant)}"
+        how = "put" if it.way == "identity" else "carried by fitted maps"
+        said += f"; {parts} {how} into the parent close {estimate(it.transplant)}"
         if it.transplant_controls:
             said += f", random ones at most {share(max(it.transplant_controls))}"
     return said
