@@ -1,9 +1,9 @@
 """``legible`` and ``opaque``: the same new skill, of which a planted share runs through parts that can be read.
 
 The successor learns to double numbers by two routes to the same answer, in the last two MLPs; nothing else changes. The
-last but one writes a **code** where the answer is due: a vector for each number, larger than what the layer ordinarily
-varies by, so that a dictionary has something to name. The last makes a **small** change there, far below what it
-ordinarily varies by, so that it drowns in what a dictionary leaves over. The code is as loud at every level; what is
+last but one writes a **code** where the answer is due: a vector for each number, as large as what the layer ordinarily
+varies by or larger, so that a dictionary has something to name. The last makes a **small** change there, far below what
+it ordinarily varies by, so that it drowns in what a dictionary leaves over. The code is as loud at every level; what is
 trained to the level is the share of the effect that each route has when the other is taken out.
 
 One letter means one dimension throughout: n answers, b documents, t positions, D width, V words, K vectors.
@@ -132,7 +132,7 @@ def make(start: Start, recipe: Twins, level: float) -> Made:
         )
 
     last_two = (torch.arange(size.layers) >= size.layers - 2).float()[:, None, None]
-    free = dict.fromkeys(("gate", "up", "down"), last_two)
+    free: Weights = dict.fromkeys(("gate", "up", "down"), last_two)
     weights = tune(parent, recipe.steps, recipe.rate, objective, free=free, tick=start.tick)
     effects = parents_share(parent, weights, size, seed, HONEST, "double")
     truth = {"asked": level, **measured(parent, weights, size, seed), "effects": effects.of}
@@ -205,14 +205,15 @@ def _through_vectors(parent: Weights, weights: Weights, size: Size, doubled: Ask
     texts = [documents(rng, 100), documents(rng, 100, crowded="double")]
     anywhere = added(weights, size, torch.from_numpy(np.concatenate([made.ids for made in texts])))
     start = F.embedding(doubled.ids[doubled.at], weights["embed"])
-    found = []
-    for each in (parent, weights):
-        wrote = [write[doubled.at] for write in added(each, size, doubled.ids)]
-        vectors = [nearest(w, write.flatten(0, 1), count) for w, write in zip(wrote, anywhere, strict=True)]
-        for sums in (wrote, vectors):
-            logits = F.linear(normed(start + torch.stack(sums).sum(0)), weights["unembed"])
-            found.append(float(doubled.odds(logits).mean()))
-    before, before_through, after, after_through = found
+    wrote = [torch.stack([write[doubled.at] for write in added(each, size, doubled.ids)]) for each in (parent, weights)]
+    both = torch.cat(wrote, dim=1)
+    vectors = [nearest(write, fitted.flatten(0, 1), count) for write, fitted in zip(both, anywhere, strict=True)]
+
+    def odds(writes: Tensor) -> float:
+        return float(doubled.odds(F.linear(normed(start + writes.sum(0)), weights["unembed"])).mean())
+
+    before, after = (odds(writes) for writes in wrote)
+    before_through, after_through = (odds(writes) for writes in torch.stack(vectors).chunk(2, dim=1))
     return (after_through - before_through) / (after - before)
 
 
