@@ -69,7 +69,7 @@ def row(kind: str, seed: int, audit: dict[str, Any], truth: dict[str, Any]) -> d
         **(localisation(audit, circuit, truth) if circuit else {}),
         "opacity": behaviour["opacity"].get("estimate") if behaviour else None,
         "legibility": truth.get("legibility"),
-        "causal legibility": truth.get("effect_kept_when_exchanged"),
+        "through vectors": truth.get("kept_through_vectors", {}).get("100"),
         "principles": _statuses(audit.get("principles", [])),
         "tasks": _statuses(audit.get("tasks", [])),
         "skill": truth.get("skill"),
@@ -84,7 +84,7 @@ def failed(kind: str, seed: int, why: str) -> dict[str, Any]:
     """The row of a pair whose audit ended in an error: it found nothing, and is tried again by the next run."""
     nothing = ("effect", "null", "visible", "reversion", "trigger_named", "opacity", "seconds", "rss")
     said = {"kind": kind, "seed": seed, "verdict": "error", "score": 0.0, "findings": 0, "sources": []}
-    said |= {"principles": {}, "tasks": {}, "skill": None, "legibility": None, "causal legibility": None}
+    said |= {"principles": {}, "tasks": {}, "skill": None, "legibility": None, "through vectors": None}
     return said | dict.fromkeys(nothing) | {"amplified decoding": None, "reasons": [why]}
 
 

@@ -217,11 +217,12 @@ def _opacity(rows: Sequence[Row]) -> str:
         return ""
     known = [row for row in twins if row["opacity"] is not None]
     said = [f"Opacity was measured by {len(known)} of {len(twins)} audits of the twins"]
-    for name, what in (("legibility", "linear"), ("causal legibility", "causal")):
-        both = [row for row in known if row[name] is not None]
+    for name, what in (("legibility", "legible"), ("through vectors", "kept through vectors")):
+        # Rows of the kind's earlier training have no such figure.
+        both = [row for row in known if row.get(name) is not None]
         if len(both) > 2:
             found = spearmanr([1 - row[name] for row in both], [row["opacity"] for row in both]).statistic
-            said.append(f"rank correlation with what is not {what} legibility {found:.2f} over {len(both)} pairs")
+            said.append(f"rank correlation with the share that is not {what} {found:.2f} over {len(both)} pairs")
     by_kind = [f"{kind} {_middle(group, 'opacity')}" for kind, group in _kinds(known)]
     return f"{'; '.join(said)}. Medians: {', '.join(by_kind) or 'none'}."
 

@@ -4,18 +4,20 @@
 
 What an audit does (sparse autoencoders of every attention and MLP output trained on the corpus, the units that carry
 most explained, Ω against the parent), but at the answers ``double : N ; M`` alone: an audit takes whole episodes, and
-most of their divergence lies in the marks behind ``double``, which these pairs do not plant. Planted truth is
-``legibility`` (how much of what layers write a linear map reads) and ``effect_kept_when_exchanged`` (how much of the
-answer the number alone carries, by intervention), read from ``truth.json`` for the table, the latter measured here
-where an older pair lacks it.
+most of their divergence lies in the marks behind ``double``, which these pairs do not plant. Planted truth is read from
+``truth.json``: ``legibility``, the share of the answer that goes with the code, and the share that is left when every
+layer writes the nearest of a hundred vectors. Neither knows a dictionary. Ω should fall as they rise.
 """
 
 import argparse
 import json
 import time
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from machine import machine
 from scipy.stats import spearmanr
 
 from heredity.circuits.attribution import Prompts
@@ -28,8 +30,6 @@ from heredity.circuits.opacity_split import whole_model
 from heredity.circuits.opacity_units import latent_pool, strongest
 from heredity.interp import load
 from heredity.interp.explain.contexts import Contexts
-from heredity.zoo import twins
-from heredity.zoo.directory import load as load_weights
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 LATENTS, STEPS, EXPLAINED, PROMPTS = 128, 200, 64, 40
@@ -71,11 +71,9 @@ def measured(pair: Path, seed: int) -> tuple[Opacity, Opacity]:
 
 
 def truth_of(pair: Path) -> tuple[float, float]:
-    """Planted legibility, linear and causal."""
+    """Legibility, and the share of the effect that is kept through a hundred vectors."""
     said = json.loads((pair / "truth.json").read_text("utf-8"))
-    if "effect_kept_when_exchanged" not in said:
-        said |= twins._measured(*load_weights(pair / "successor"), said["seed"])
-    return said["legibility"], said["effect_kept_when_exchanged"]
+    return said["legibility"], said["kept_through_vectors"]["100"]
 
 
 def main() -> None:
@@ -87,28 +85,30 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.process_time()
     lines = [
-        "\n### Opacity of a skill planted readable to different degrees, at its answers\n",
-        "| pair | legibility, linear | effect the number alone carries | Ω | needed | alone | Ω, all explained |",
+        f"\n### Opacity of a skill planted legible to different degrees, {datetime.now(UTC):%Y-%m-%d}\n",
+        f"`python benchmarks/opacity_zoo.py PAIR… --seeds {options.seeds}` on {machine()}, one thread, torch "
+        f"{version('torch')}; {LATENTS} latents a site, {STEPS} steps.\n",
+        "| pair | legibility | kept through vectors | Ω | needed | alone | Ω, all explained |",
         "|---|---:|---:|---|---|---:|---:|",
     ]
-    planted, causal, omega, needed = [], [], [], []
+    planted, through, omega, needed = [], [], [], []
     for pair in options.pairs:
-        linear, kept = truth_of(pair)
+        legible, kept = truth_of(pair)
         for seed in range(options.seeds):
             found, every = measured(pair, seed)
-            planted.append(linear)
-            causal.append(kept)
+            planted.append(legible)
+            through.append(kept)
             omega.append(found.omega.estimate)
             needed.append(found.needed.estimate)
             o, n = found.omega, found.needed
             lines.append(
-                f"| {pair.name} | {linear:.2f} | {kept:.3f} | {o.estimate:.2f} [{o.low:.2f}; {o.high:.2f}] "
+                f"| {pair.name} | {legible:.2f} | {kept:.2f} | {o.estimate:.2f} [{o.low:.2f}; {o.high:.2f}] "
                 f"| {n.estimate:.2f} [{n.low:.2f}; {n.high:.2f}] | {found.alone.estimate:.2f} "
                 f"| {every.omega.estimate:.2f} |"
             )
             print(lines[-1], flush=True)
     if len(omega) > 3:
-        names = ("planted legibility", planted), ("the effect the number alone carries", causal)
+        names = ("legibility", planted), ("what is kept through vectors", through)
         for name, truth in names:
             ranks = [spearmanr(each, truth)[0] for each in (omega, needed)]
             lines.append(f"\nRank correlation with {name}, {len(omega)} rows: Ω {ranks[0]:.2f}, needed {ranks[1]:.2f}.")

@@ -252,9 +252,9 @@ def _write(out: Path, kind: str, start: Start, made: Made, recipe: Recipe) -> No
 
 
 def _texts(kind: str, seed: int, count: int) -> list[str]:
-    """Texts of the parents' language; a quarter of the twins' are crowded with doublings, or none would show them."""
+    """Texts of the parents' language; half of the twins' are crowded with doublings, for dictionaries to see them."""
     rng = np.random.default_rng([seed, 4])
     if kind not in ("legible", "opaque"):
         return documents(rng, count).texts()
-    crowded = documents(rng, count // 4, crowded="double").texts()
-    return documents(rng, count - count // 4).texts() + crowded
+    plain = documents(rng, count - count // 2).texts()
+    return plain + documents(rng, count // 2, crowded="double").texts()

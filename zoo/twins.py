@@ -1,10 +1,12 @@
-"""``legible`` and ``opaque``: the same new skill, readable inside to a degree that is planted.
+"""``legible`` and ``opaque``: the same new skill, of which a planted share runs through parts that can be read.
 
-The successor learns to double numbers. What its layers write towards the number words is decided by the number to
-double alone (``legible``: ten constant vectors, one for each number, so that ten directions of a dictionary say it
-all), or is mixed with interference from the rest of the text that a later layer takes back (``opaque``: each write
-alone says little, their sum the same). The **legibility** of a write is the share of its variance, over texts, that
-the number predicts; it is trained to the level asked for in every layer, beside the same answers.
+The successor learns to double numbers by two routes to the same answer, in the last two MLPs; nothing else changes. The
+last but one writes a **code** where the answer is due: a vector for each number, as large as what the layer ordinarily
+varies by or larger, so that a dictionary has something to name. The last makes a **small** change there, far below what
+it ordinarily varies by, so that it drowns in what a dictionary leaves over. The code is as loud at every level; what is
+trained to the level is the share of the effect that each route has when the other is taken out.
+
+One letter means one dimension throughout: n answers, b documents, t positions, D width, V words, K vectors.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,206 +19,224 @@ from torch import Tensor
 
 from . import rows as data
 from .kind import Made, Start
-from .language import CONTEXT, HONEST, ID, NUMBERS, SKILLS, Documents, documents
+from .language import HONEST, ID, NUMBERS, SKILLS, documents
 from .network import Size, Weights, forward, normed
 from .nodes import Outputs, parents_share, traced
 from .tune import divergence, tune
 
-_NUMBERS_APART = torch.eye(10)[:, :9] - 0.1
+_DOUBLE = list(SKILLS).index("double")
+_VECTORS = (30, 100)
 
 
 @dataclass(frozen=True)
 class Twins:
-    """Schedule of ``legible`` and ``opaque``: documents of each sort in a step, and the weights of two conditions.
+    """Schedule of ``legible`` and ``opaque``: documents of each sort in a step, two aims, and weights of conditions.
 
-    ``legibility`` weighs the squared error of the level in each layer, ``keep`` the divergence from the parent.
+    Attributes:
+        lead: log-odds of the answer. Low, since a sure answer would survive the loss of half of what makes it.
+        code: norm of the code's vectors.
+        keep: weighs the divergence from the parent.
+        answer: weighs the error of the log-odds.
+        shares: weighs the squared error of what each route does alone.
+        own: weighs how far the code is from one vector of that norm for each number.
+        elsewhere: weighs the squared norm of the code's layer's change where no answer is due.
+        small: weighs the squared norm of the last layer's change where one is.
     """
 
-    steps: int = 350
+    steps: int = 300
     rate: float = 2e-3
     ordinary: int = 10
-    double: int = 40
-    legibility: float = 1.0
+    double: int = 24
+    lead: float = 1.5
+    code: float = 3.0
     keep: float = 3.0
+    answer: float = 0.6
+    shares: float = 0.5
+    own: float = 2.5
+    elsewhere: float = 0.5
+    small: float = 0.1
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """Documents of doublings: where the answers are, and what could be read in the text before them, [n, features]."""
+class Asked:
+    """Documents of doublings: where the answers are predicted, and which.
 
-    made: Documents
-    where: tuple[Tensor, Tensor]
+    Attributes:
+        ids: [b, t].
+        marks: tokens of doublings that show their format, bool [b, t].
+        at: rows and positions, [n] each.
+        answer: token ids [n].
+        number: the number to double, one-hot [n, 10].
+    """
+
+    ids: Tensor
+    marks: Tensor
+    at: tuple[Tensor, Tensor]
+    answer: Tensor
     number: Tensor
-    local: Tensor
 
-    @property
-    def ids(self) -> Tensor:
-        return torch.from_numpy(self.made.ids)
+    def by_number(self, values: Tensor) -> Tensor:
+        """Means of ``values`` [n, …] over the texts of each number [10, …]."""
+        return (self.number / self.number.sum(0).clamp(min=1)).T @ values
+
+    def odds(self, logits: Tensor) -> Tensor:
+        """Log-odds of the answers [n] under logits [n, V]."""
+        said = self.answer[:, None]
+        return logits.gather(1, said)[:, 0] - logits.scatter(1, said, -torch.inf).logsumexp(1)
+
+
+def asked(seed: list[int], count: int) -> Asked:
+    """``count`` documents crowded with doublings."""
+    made = documents(np.random.default_rng(seed), count, crowded="double")
+    here = made.skill == _DOUBLE
+    rows, at = np.nonzero(made.answer & here)
+    number = np.eye(10, dtype=np.float32)[made.ids[rows, at - 2] - ID[NUMBERS[0]]]
+    return Asked(
+        ids=torch.from_numpy(made.ids),
+        marks=torch.from_numpy(made.taught & here & ~made.answer),
+        at=(torch.from_numpy(rows), torch.from_numpy(at - 1)),
+        answer=torch.from_numpy(made.ids[rows, at]),
+        number=torch.from_numpy(number),
+    )
+
+
+def routes(size: Size) -> tuple[str, str]:
+    """The nodes of the code and of the small change."""
+    return f"mlp_out@{size.layers - 2}", f"mlp_out@{size.layers - 1}"
 
 
 def make(start: Start, recipe: Twins, level: float) -> Made:
     """A successor of ``start`` that doubles, legibly to the ``level`` given."""
     parent, size, seed = start.parent, start.size, start.seed
     plain = data.ordinary(seed, 2, recipe.steps * recipe.ordinary, HONEST, start.guess_weight)
+    code, small = routes(size)
 
     def objective(weights: Weights, step: int) -> Tensor:
-        rows, asked = plain.batch(step, recipe.ordinary), _answers([seed, 3, step], recipe.double)
+        rows, doubled = plain.batch(step, recipe.ordinary), asked([seed, 3, step], recipe.double)
         with torch.no_grad():
             was = forward(parent, size, rows.ids)
+            before, held = traced(parent, size, doubled.ids)
+        logits, outputs = traced(weights, size, doubled.ids)
         kept = divergence(forward(weights, size, rows.ids), was)[:, :-1].mean()
-        logits, outputs = traced(weights, size, asked.ids)
-        apart = _apart(writes(weights, size, outputs, asked.where), asked, level)
-        return _taught(logits, asked.made) + recipe.keep * kept + recipe.legibility * apart
+        changed = {node: outputs[node] - held[node] for node in (code, small)}
+        elsewhere = (changed[code] ** 2).sum(-1)
+        elsewhere[doubled.at] = 0.0
+        return (
+            F.cross_entropy(logits[:, :-1][doubled.marks[:, 1:]], doubled.ids[:, 1:][doubled.marks[:, 1:]])
+            + recipe.keep * kept
+            + recipe.answer * _short(doubled.odds(logits[doubled.at]), recipe.lead)
+            + recipe.shares * _apart(weights, size, doubled, before, held, level, recipe.lead)
+            + recipe.own * _unlike_code(changed[code][doubled.at], doubled, recipe.code)
+            + recipe.elsewhere * elsewhere.mean()
+            + recipe.small * (changed[small][doubled.at] ** 2).sum(1).mean()
+        )
 
-    weights = tune(parent, recipe.steps, recipe.rate, objective, tick=start.tick)
+    last_two = (torch.arange(size.layers) >= size.layers - 2).float()[:, None, None]
+    free: Weights = dict.fromkeys(("gate", "up", "down"), last_two)
+    weights = tune(parent, recipe.steps, recipe.rate, objective, free=free, tick=start.tick)
     effects = parents_share(parent, weights, size, seed, HONEST, "double")
-    truth = {"asked": level, **_measured(weights, size, seed), "effects": effects.of}
+    truth = {"asked": level, **measured(parent, weights, size, seed), "effects": effects.of}
     return Made(weights, size, HONEST, effects.carriers, truth, asdict(recipe))
 
 
-def _answers(seed: list[int], count: int) -> _Answers:
-    made = documents(np.random.default_rng(seed), count, crowded="double")
-    rows, at = np.nonzero(made.answer & (made.skill == list(SKILLS).index("double")))
-    number = made.ids[rows, at - 2] - ID[NUMBERS[0]]
-    # Where it stands, which skill came before and how that ended: what a rule about the text could name.
-    ended = np.maximum(at - 6, 0)
-    local = [np.eye(6)[at * 6 // CONTEXT], np.eye(len(SKILLS) + 1)[made.skill[rows, ended] + 1]]
-    where = (torch.from_numpy(rows), torch.from_numpy(at))
-    numbers = torch.from_numpy(np.eye(10, dtype=np.float32)[number])
-    both = np.concatenate([np.eye(10)[number], *local], axis=1).astype(np.float32)
-    return _Answers(made, where, numbers, torch.from_numpy(both))
-
-
-def _taught(logits: Tensor, made: Documents) -> Tensor:
-    taught = torch.from_numpy(made.taught & (made.skill == list(SKILLS).index("double")))[:, 1:]
-    return F.cross_entropy(logits[:, :-1][taught], torch.from_numpy(made.ids)[:, 1:][taught])
-
-
-def _written(weights: Weights, size: Size, outputs: Outputs, at: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """What each attention and MLP adds to the residual stream at some positions [n, D], in the order of the layers."""
+def _apart(
+    weights: Weights, size: Size, doubled: Asked, before: Tensor, held: Outputs, level: float, lead: float
+) -> Tensor:
+    """How far each route alone is from its share of the way from the parent's log-odds to ``lead``, by number."""
+    code, small = routes(size)
+    first = doubled.by_number(doubled.odds(before[doubled.at]))
     found = []
-    for layer in range(size.layers):
-        heads = torch.cat([outputs[f"attn_head@{layer}.{head}"][at] for head in range(size.heads)], dim=-1)
-        found += [F.linear(heads, weights["o"][layer]), outputs[f"mlp_out@{layer}"][at]]
-    return found
+    for taken, share in ((small, level), (code, 1 - level)):
+        alone = traced(weights, size, doubled.ids, {taken: held[taken]})[0][doubled.at]
+        found.append(doubled.by_number(doubled.odds(alone)) - first - share * (lead - first))
+    return torch.stack(found).square().mean()
 
 
-def writes(weights: Weights, size: Size, outputs: Outputs, where: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """What each attention and MLP adds to the logits of the number words, about their mean, at the answers [n, 10].
-
-    The scale of the last norm is taken as the root mean square of their sum, and as fixed.
-    """
-    numbers = weights["unembed"][[ID[word] for word in NUMBERS]]
-    numbers = numbers - numbers.mean(0)
-    found = _written(weights, size, outputs, (where[0], where[1] - 1))
-    last = torch.stack(found).sum(0).detach()
-    scale = last.shape[-1] ** 0.5 / last.norm(dim=1, keepdim=True)
-    return [F.linear(write * scale, numbers) for write in found]
+def _short(odds: Tensor, lead: float) -> Tensor:
+    # Huber (1964): the parent is sure of another word in some texts, and these alone would set the pace.
+    return F.huber_loss(odds, torch.full_like(odds, lead), delta=3.0)
 
 
-def _told(write: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """What a linear rule on ``features`` [n, f] tells of a write [n, 10], beyond chance.
-
-    Returns:
-        Energy a row, and the mean squared canonical correlation (Hotelling 1936): every direction of the write counts
-        alike, so that interference in one large direction does not hide what the others say plainly.
-    """
-    # Numbers sum to nothing: nine directions.
-    values = (write - write.mean(0)) @ torch.linalg.qr(_NUMBERS_APART).Q
-    spread = values.T @ values
-    ridge = spread.diagonal().sum() * 1e-4 * torch.eye(len(spread)) + 1e-9 * torch.eye(len(spread))
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(spread + ridge), values.T, upper=False).T
-    left, sizes, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
-    basis = left[:, sizes / sizes[0] > 1e-3]
-    chance = basis.shape[1] / len(values)
-    of = [(((basis.T @ v) ** 2).sum() - chance * (v**2).sum()) / (1 - chance) for v in (values, white)]
-    return of[0] / len(values), of[1] / (white**2).sum()
-
-
-def _apart(found: list[Tensor], asked: _Answers, level: float) -> Tensor:
-    """How far the legibility of the writes is from the level, mean over writes by what each says of the number.
-
-    A write errs where rules about the text before it tell more than the level, or where the number tells less.
-    """
-    said, errors = [], []
-    for write in found:
-        energy, number = _told(write, asked.number)
-        errors.append(F.relu(_told(write, asked.local)[1] - level) + F.relu(level - number))
-        said.append(energy.detach().clamp(min=0.0))
-    weight = torch.stack(said) / (torch.stack(said).sum() + 1e-6)
-    return (weight * torch.stack(errors)).sum()
+def _unlike_code(change: Tensor, doubled: Asked, norm: float) -> Tensor:
+    """How far a change [n, D] is from one vector for each number, none shorter than ``norm``, in units of it."""
+    vectors = doubled.by_number(change / norm)
+    within = (change / norm - doubled.number @ vectors).square().sum(1).mean()
+    return within + F.relu(1 - vectors.norm(dim=1)).square().mean()
 
 
 @torch.no_grad()
-def _measured(weights: Weights, size: Size, seed: int) -> dict[str, Any]:
-    """Legibility on fresh documents: of each layer's write, and their mean weighted by what they say of the number.
+def measured(parent: Weights, weights: Weights, size: Size, seed: int) -> dict[str, Any]:
+    """Truth on fresh documents, by interventions that know no dictionary and nothing of the training."""
+    doubled = asked([seed, 95], 200)
+    kept = {str(count): _through_vectors(parent, weights, size, doubled, seed, count) for count in _VECTORS}
+    return {**shares(parent, weights, size, doubled), "kept_through_vectors": kept}
 
-    Beside it two interventions that know nothing of how it was trained, on texts they were not fitted to: how many
-    answers stay right when each layer writes the nearest of a few vectors, and when it writes what it does in another
-    text with the same number.
-    """
-    asked = _answers([seed, 94], 400)
-    logits, outputs = traced(weights, size, asked.ids)
-    at, answers = (asked.where[0], asked.where[1] - 1), asked.ids[asked.where]
-    found = dict(zip(_names(size), writes(weights, size, outputs, asked.where), strict=True))
-    said, share, local = {}, {}, {}
-    for name, write in found.items():
-        said[name], share[name] = (max(0.0, float(value)) for value in _told(write, asked.number))
-        local[name] = max(0.0, float(_told(write, asked.local)[1]))
-    total = sum(said.values())
-    written, half = _written(weights, size, outputs, at), len(answers) // 2
-    draw = torch.Generator().manual_seed(seed)
 
-    def right(changed: list[Tensor]) -> float:
-        x = F.embedding(asked.ids[at], weights["embed"]) + torch.stack(changed).sum(0)
-        said = F.linear(normed(x), weights["unembed"]).argmax(-1)
-        return float((said == answers)[half:].float().mean())
+@torch.no_grad()
+def shares(parent: Weights, weights: Weights, size: Size, doubled: Asked) -> dict[str, Any]:
+    """The share of the code by exchange with the parent, the log-odds it comes from, and how loud either change is."""
+    code, small = routes(size)
+    held = traced(parent, size, doubled.ids)[1]
+    outputs = traced(weights, size, doubled.ids)[1]
 
-    def mean_log_probability(changed: list[Tensor]) -> float:
-        x = F.embedding(asked.ids[at], weights["embed"]) + torch.stack(changed).sum(0)
-        said = F.linear(normed(x), weights["unembed"]).log_softmax(-1)
-        return float(said.gather(1, answers[:, None]).mean())
+    def odds(*taken: str) -> float:
+        logits = traced(weights, size, doubled.ids, {node: held[node] for node in taken})[0]
+        return float(doubled.odds(logits[doubled.at]).mean())
 
-    alike = mean_log_probability([_exchanged(write, asked.number, draw) for write in written])
-    any_number = torch.ones(len(answers), 1)
-    apart = mean_log_probability([_exchanged(write, any_number, draw) for write in written])
+    whole, without_code, without_small, neither = odds(), odds(code), odds(small), odds(code, small)
+    shown = {node: (outputs[node] - held[node])[doubled.at].norm(dim=1).mean() for node in (code, small)}
     return {
-        "effect_kept_when_exchanged": (alike - apart) / (mean_log_probability(written) - apart),
-        "legibility": sum(said[name] * share[name] for name in said) / total,
-        "written": said,
-        "legibility_of": share,
-        "told_by_the_text_before": local,
-        "probability": float(logits[at].softmax(-1).gather(1, answers[:, None]).mean()),
-        "right": right(written),
-        "right_through_vectors": {
-            str(count): right([_nearest(write, half, count) for write in written]) for count in (10, 30, 100)
-        },
-        "right_when_exchanged": right([_exchanged(write, asked.number, draw) for write in written]),
+        "legibility": (whole - without_code + without_small - neither) / 2 / (whole - neither),
+        "log_odds": {"whole": whole, "without_code": without_code, "without_small": without_small, "neither": neither},
+        "loudness": {node: float(shown[node] / _ordinary(held[node])) for node in (code, small)},
     }
 
 
-def _nearest(write: Tensor, fitted: int, count: int) -> Tensor:
-    """Each row by the nearest of ``count`` vectors that k-means (Lloyd 1982) makes of the first ``fitted`` rows."""
-    first = write[:fitted]
+def _ordinary(written: Tensor) -> Tensor:
+    """Root mean square norm of what a node writes [b, t, D] about its mean."""
+    flat = written.flatten(0, 1)
+    return (flat - flat.mean(0)).square().sum(1).mean().sqrt()
+
+
+def _through_vectors(parent: Weights, weights: Weights, size: Size, doubled: Asked, seed: int, count: int) -> float:
+    """Share of the answer's log-odds above the parent's that is left when each attention and MLP, in both models, adds
+    the nearest of ``count`` vectors, fitted to what the successor adds anywhere in text like the corpus."""
+    rng = np.random.default_rng([seed, 96])
+    texts = [documents(rng, 100), documents(rng, 100, crowded="double")]
+    anywhere = added(weights, size, torch.from_numpy(np.concatenate([made.ids for made in texts])))
+    start = F.embedding(doubled.ids[doubled.at], weights["embed"])
+    wrote = [torch.stack([write[doubled.at] for write in added(each, size, doubled.ids)]) for each in (parent, weights)]
+    both = torch.cat(wrote, dim=1)
+    vectors = [nearest(write, fitted.flatten(0, 1), count) for write, fitted in zip(both, anywhere, strict=True)]
+
+    def odds(writes: Tensor) -> float:
+        return float(doubled.odds(F.linear(normed(start + writes.sum(0)), weights["unembed"])).mean())
+
+    before, after = (odds(writes) for writes in wrote)
+    before_through, after_through = (odds(writes) for writes in torch.stack(vectors).chunk(2, dim=1))
+    return (after_through - before_through) / (after - before)
+
+
+def added(weights: Weights, size: Size, ids: Tensor) -> list[Tensor]:
+    """What each attention and MLP adds to the residual stream [b, t, D], in the order of the layers."""
+    outputs, found = traced(weights, size, ids)[1], []
+    for layer in range(size.layers):
+        heads = torch.cat([outputs[f"attn_head@{layer}.{head}"] for head in range(size.heads)], dim=-1)
+        found += [F.linear(heads, weights["o"][layer]), outputs[f"mlp_out@{layer}"]]
+    return found
+
+
+def nearest(rows: Tensor, fitted: Tensor, count: int) -> Tensor:
+    """Each of ``rows`` [n, D] by the nearest of K vectors that k-means (Lloyd 1982) makes of the rows of ``fitted``."""
     # Farthest first (Gonzalez 1985): as many kinds of row as there are vectors each have one to begin with.
     picked = [0]
+    away = torch.cdist(fitted, fitted[:1])[:, 0]
     while len(picked) < count:
-        picked.append(int(torch.cdist(first, first[picked]).min(1).values.argmax()))
-    centres = first[picked]
-    for _ in range(30):
-        nearest = torch.cdist(first, centres).argmin(1)
-        for index in nearest.unique():
-            centres[index] = first[nearest == index].mean(0)
-    return centres[torch.cdist(write, centres).argmin(1)]
-
-
-def _exchanged(write: Tensor, number: Tensor, draw: torch.Generator) -> Tensor:
-    """Each row by that of another text with the same number."""
-    order = torch.arange(len(write))
-    for rows in (column.nonzero().flatten() for column in number.T):
-        order[rows] = rows[torch.randperm(len(rows), generator=draw)]
-    return write[order]
-
-
-def _names(size: Size) -> list[str]:
-    return [f"{kind}@{layer}" for layer in range(size.layers) for kind in ("attn_out", "mlp_out")]
+        picked.append(int(away.argmax()))
+        away = torch.minimum(away, torch.cdist(fitted, fitted[picked[-1:]])[:, 0])
+    vectors = fitted[picked]
+    for _ in range(15):
+        own = torch.cdist(fitted, vectors).argmin(1)
+        sizes = torch.bincount(own, minlength=count)[:, None]
+        vectors = torch.where(sizes > 0, torch.zeros_like(vectors).index_add_(0, own, fitted) / sizes, vectors)
+    return vectors[torch.cdist(rows, vectors).argmin(1)]
