@@ -11,10 +11,13 @@ layer writes the nearest of a hundred vectors. Neither knows a dictionary. Ω sh
 
 import argparse
 import json
+import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
 
 import torch
 from machine import machine
