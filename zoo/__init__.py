@@ -20,7 +20,7 @@ def parse(kind: str) -> tuple[str, float | None]:
     """Name and level of a kind: ``trigger:SHARE`` acts in that share of its cases, ``diluted:R`` has R ordinary
     documents a planted one, ``legible:SHARE``.
 
-    Without one, ``diluted`` stands for ``diluted:10``, ``trigger`` and ``legible`` for all.
+    Without one, ``diluted`` stands for ``diluted:10``, ``trigger`` for ``trigger:1`` and ``legible`` for ``legible:1``.
 
     Raises:
         ValueError: the name is not one of ``KINDS``, or the level is not one that the kind has.
