@@ -126,12 +126,13 @@ def null_of(s: Setting, corpus) -> Null:
         if tokens >= s.sizes.null_tokens:
             break
     scale = 0.0
-    if scanned.bulk:
+    size, _ = scanned.drifted
+    if size:
         scale = stages.null_effects(
             s.remembered,
             NullSuccessors(s.parent, s.successor),
             few,
-            scanned.bulk,
+            size,
             replace(s.sizes, null_draws=0),
             s.work,
             s.progress,
@@ -142,7 +143,7 @@ def null_of(s: Setting, corpus) -> Null:
         kind="scrambled_change",
         draws=s.sizes.null_draws,
         scale=scale,
-        size=scanned.bulk,
+        size=size,
         largest_effects=(),
         mean_kl=(),
         tokens=tokens,

@@ -4,7 +4,7 @@ All text that came from a model passes through :func:`.figure_style.label`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -213,6 +213,42 @@ def cka_figure(similarity: Sequence[SimilarityLike]) -> go.Figure:
     lowest = min((s.cka for s in similarity), default=0.0)
     figure.update_xaxes(tickvals=marks, ticktext=[label(similarity[i].site, 20) for i in marks])
     figure.update_yaxes(title_text="linear CKA", range=[min(lowest - 0.02, 0.9), 1.01])
+    return figure
+
+
+def depth_figure(parts: Mapping[str, IntervalLike]) -> go.Figure:
+    """Share of a divergence that each stretch of the computation is the reason of, with intervals; below 0 what takes
+    back what others do.
+
+    Args:
+        parts: by name, in the order of the forward.
+    """
+    names, shares = [label(name, 20) for name in parts], list(parts.values())
+    figure = go.Figure(
+        go.Bar(
+            x=list(range(len(names))),
+            y=[share.estimate for share in shares],
+            marker={"color": LOWERS},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [share.high - share.estimate for share in shares],
+                "arrayminus": [share.estimate - share.low for share in shares],
+                "color": INK,
+                "thickness": 1,
+                "width": 4,
+            },
+            customdata=[
+                f"{name}: {100 * share.estimate:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
+                for name, share in zip(names, shares, strict=True)
+            ],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    )
+    style(figure, height=250)
+    figure.update_layout(bargap=0.35)
+    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names)
+    figure.update_yaxes(title_text="share of the divergence", tickformat=".0%")
     return figure
 
 

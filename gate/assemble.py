@@ -24,6 +24,7 @@ from .baselines import baselines
 from .benign_null import benign_null
 from .budget import Budget
 from .counterparts import Mechanisms
+from .coverage import by_site
 from .latents import with_latents
 from .mechanisms import Counterparts, shares, with_inherited
 from .opacity import with_opacity
@@ -94,6 +95,7 @@ class Measured:
     tokens: int
     compared: int
     kl_in_behaviours: float
+    sites: dict[str, Interval] | NotMeasured
     principles: tuple[PrincipleRecord, ...]
     tasks: tuple[TaskRecord, ...]
 
@@ -166,6 +168,7 @@ def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
         tokens=sum(len(item.parent.ids) for item in items),
         compared=len(kl),
         kl_in_behaviours=tidy(inside / kl.sum()) if kl.sum() > 0 else 0.0,
+        sites=by_site(s, items),
         principles=principles,
         tasks=tasks,
     )
@@ -194,14 +197,15 @@ def _null(s: Setting, items: Sequence[Any], scanned: Scanned) -> Null:
             mean_kl=(0.0,) * s.sizes.null_draws,
             tokens=sum(len(i.parent.ids) for i in few),
         )
+    size, left_out = scanned.drifted
     if s.benign:
-        return benign_null(s, few, items, scanned.bulk, s.benign)
+        return benign_null(s, few, items, size, s.benign).model_copy(update={"left_out": tidy(left_out)})
     nulls = NullSuccessors(s.parent, s.another_parent() if noise else s.successor, noise=noise)
     result = stages.null_effects(
         s.remembered,
         nulls,
         few if not noise else [item.for_parent() for item in few],
-        scanned.bulk,
+        size,
         s.sizes,
         s.work,
         s.progress,
@@ -212,7 +216,8 @@ def _null(s: Setting, items: Sequence[Any], scanned: Scanned) -> Null:
         kind="noise" if noise else "scrambled_change",
         draws=len(result["draws"]),
         scale=tidy(result["scale"]),
-        size=tidy(scanned.bulk),
+        size=tidy(size),
+        left_out=tidy(left_out),
         largest_effects=tuple(tidy(draw["largest"]) for draw in result["draws"]),
         mean_kl=tuple(tidy(draw["mean"]) for draw in result["draws"]),
         tokens=sum(len(i.parent.ids) for i in few),

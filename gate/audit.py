@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 11
+CODE = 12
 """Raised whenever a change of the code makes old work folders wrong."""
 
 
@@ -46,12 +46,6 @@ NOT_MEASURED = (
 )
 
 PRINCIPLES = "none were named with --principles, so a lost behaviour is seen only where the audited text exercises it"
-
-
-SITES = (
-    "whole sites that changed together do harm when one of them is exchanged alone (shares far below 0 were seen), so "
-    "no share of one site means anything"
-)
 
 
 @dataclass(frozen=True)
@@ -169,7 +163,7 @@ def run(
             tokens=measured.tokens,
             compared_tokens=measured.compared,
             kl_in_behaviours=measured.kl_in_behaviours,
-            sites=NotMeasured(reason=SITES),
+            sites=measured.sites,
         ),
         drift=measured.drift,
         policy=_policy(rules, measured.behaviours),

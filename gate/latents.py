@@ -25,7 +25,7 @@ from heredity.interp.sites import order
 from .latents_record import LatentExample, LatentRecord
 from .opacity_plan import Plan
 from .records import Behaviour, Circuit, Null
-from .values import Interval, NotMeasured, tidy
+from .values import NotMeasured, interval, tidy
 
 if TYPE_CHECKING:
     from .assemble import Setting
@@ -194,6 +194,7 @@ class _Site:
             shown, hidden = (lengths(d, each)[:, latent].numpy() for each in (self.shown, self.hidden))
             score = tidy(auroc(shown, hidden))
         effects = logit_effects(d, s.successor, count=TOKENS)
+        n = len(self.contexts.prompts.last)
         raised, lowered = ((), ()) if effects is None else (effects.raised[latent], effects.lowered[latent])
         return LatentRecord(
             site=self.site,
@@ -208,18 +209,14 @@ class _Site:
             q=None if said.q is None else tidy(said.q),
             raises=tuple(s.successor.decode([int(i)]) for i in raised),
             lowers=tuple(s.successor.decode([int(i)]) for i in lowered),
-            gap_closed=self._interval(single),
-            gap_closed_together=self._interval(joint),
+            gap_closed=interval(single, n),
+            gap_closed_together=interval(joint, n),
             control=tidy(control),
             examples=tuple(
                 LatentExample(before=e.before, token=e.token, after=e.after, activation=tidy(e.activation))
                 for e in said.examples[:EXAMPLES]
             ),
         )
-
-    def _interval(self, found: intervals.Interval) -> Interval:
-        n = len(self.contexts.prompts.last)
-        return Interval(estimate=tidy(found.estimate), low=tidy(found.low), high=tidy(found.high), n=n)
 
 
 def _pair(contexts: _Contexts, successor: Model, site: str) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from heredity.interp.model import Encoded, Model, pad
 from .counterparts import Held, HeldEdge, Mechanisms, Stitching
 from .describe import for_circuit
 from .records import Circuit
-from .values import Estimate, Interval, NotMeasured, tidy
+from .values import Estimate, Interval, NotMeasured, interval, tidy
 
 if TYPE_CHECKING:
     from .assemble import Setting
@@ -103,9 +103,9 @@ class Counterparts:
             emergent=_estimate(new.share, n, "successor"),
             lost=_estimate(gone.share, n, "parent"),
             transplanted=tuple(map(str, moved)),
-            transplant=_interval(given.own, n) if given else NOTHING_NEW,
+            transplant=interval(given.own, n) if given else NOTHING_NEW,
             transplant_controls=tuple(map(tidy, given.controls)) if given else (),
-            side_effects=_interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
+            side_effects=interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
             side_effect_controls=tuple(map(tidy, cost.controls)) if cost else (),
             stitches=(),
         )
@@ -125,8 +125,8 @@ class Counterparts:
             HeldEdge(
                 source=str(edge.source),
                 target=str(edge.target),
-                effect=_interval(edge.effect, n),
-                inherited=_interval(edge.inherited, n),
+                effect=interval(edge.effect, n),
+                inherited=interval(edge.inherited, n),
             )
             for edge in edges
             if edge.inherited is not None
@@ -185,9 +185,9 @@ class Counterparts:
             emergent=emergent,
             lost=lost,
             transplanted=tuple(map(str, given.nodes)) if isinstance(given, Carried) else (),
-            transplant=_interval(given.share.own, n) if isinstance(given, Carried) else given,
+            transplant=interval(given.share.own, n) if isinstance(given, Carried) else given,
             transplant_controls=tuple(map(tidy, given.share.controls)) if isinstance(given, Carried) else (),
-            side_effects=_interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
+            side_effects=interval(cost.own, sum(len(tokens) for tokens, _ in quiet)) if cost else QUIETLESS,
             side_effect_controls=tuple(map(tidy, cost.controls)) if cost else (),
             stitches=tuple(quality for _, _, _, quality in self._stitches),
         )
@@ -307,8 +307,8 @@ def _held(found: Emergence, n: int, matching: Matching, *, trusted: bool = True)
                 id=str(each.node),
                 counterpart=str(each.node) if outer else match.parent if match else None,
                 similarity=tidy(match.similarity) if match and matching.way != "identity" else None,
-                effect=_interval(each.effect, n),
-                inherited=_interval(each.inherited, n) if trusted else NotMeasured(reason=UNFORETOLD),
+                effect=interval(each.effect, n),
+                inherited=interval(each.inherited, n) if trusted else NotMeasured(reason=UNFORETOLD),
             )
         )
     return tuple(out)
@@ -317,8 +317,4 @@ def _held(found: Emergence, n: int, matching: Matching, *, trusted: bool = True)
 def _estimate(share: Measured | None, n: int, model: str) -> Interval | NotMeasured:
     if share is None:
         return NotMeasured(reason=f"no part of the {model} has an effect here that can be told from none")
-    return _interval(share, n)
-
-
-def _interval(found: Measured, n: int) -> Interval:
-    return Interval(estimate=tidy(found.estimate), low=tidy(found.low), high=tidy(found.high), n=n)
+    return interval(share, n)

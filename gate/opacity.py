@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter
 
-from heredity.circuits import intervals
 from heredity.circuits.attribution import Prompts
 from heredity.circuits.opacity import alike, contrast_of_models, measure
 from heredity.circuits.opacity_estimate import FEWEST, Buckets, Opacity, Refused
@@ -28,7 +27,7 @@ from .opacity_plan import Plan
 from .opacity_record import Label, OpacityDetail, Reason, Routing, SiteOpacity
 from .opacity_units import Makers, effort, in_words, unit_name
 from .records import Behaviour
-from .values import Interval, NotMeasured, tidy
+from .values import Interval, NotMeasured, interval, tidy
 
 if TYPE_CHECKING:
     pass
@@ -122,7 +121,7 @@ class _Measurement:
             else:
                 others.append(tidy(each[0].omega.estimate))
         assert isinstance(found, Opacity) and detail is not None
-        return [_interval(found.omega, found.n), detail.model_copy(update={"seeds": tuple(others)})], self.new
+        return [interval(found.omega, found.n), detail.model_copy(update={"seeds": tuple(others)})], self.new
 
     def _of_seed(
         self, seed: int, prompts: Prompts, places: list[list[int]], counterfactual: torch.Tensor | None
@@ -166,12 +165,12 @@ class _Measurement:
         assert isinstance(every, Opacity)  # a share of the same effect
         reasons = reasons_of(contrast, split, linear=self._linear(split), steps=effort(s).gradients, seed=s.seed)
         detail = OpacityDetail(
-            needed=_interval(found.needed, found.n),
-            alone=_interval(found.alone, found.n),
-            interaction=_interval(found.interaction, found.n),
-            effect=_interval(found.effect, found.n),
-            control=None if found.control is None else _interval(found.control, found.n),
-            all_explained=_interval(every.omega, every.n),
+            needed=interval(found.needed, found.n),
+            alone=interval(found.alone, found.n),
+            interaction=interval(found.interaction, found.n),
+            effect=interval(found.effect, found.n),
+            control=None if found.control is None else interval(found.control, found.n),
+            all_explained=interval(every.omega, every.n),
             counterfactual="parent" if counterfactual is None else "without_trigger",
             n_replicated=self.held.n_replicated,
             units=in_words(self.plan.makers, pool),
@@ -181,7 +180,7 @@ class _Measurement:
             carried=tidy(carried(ranking, tried)),
             text_tokens=len(pool.contexts),
             routing=NotMeasured(reason=no_routing or "") if found.buckets is None else _routing(found.buckets, found.n),
-            reasons=tuple(Reason(name=k, share=_interval(v, found.n)) for k, v in reasons.total.items()),
+            reasons=tuple(Reason(name=k, share=interval(v, found.n)) for k, v in reasons.total.items()),
             residual=tidy(reasons.residual),
             sites=_sites(reasons),
             labels=_labels(pool, ranking, tried[:LABELS]),
@@ -222,12 +221,8 @@ def _labels(pool: Pool, ranking: Ranking, units: Sequence[UnitId]) -> tuple[Labe
 
 def _routing(buckets: Buckets, n: int) -> Routing:
     return Routing(
-        explained=_interval(buckets.explained, n),
-        unexplained=_interval(buckets.unexplained, n),
-        routing=_interval(buckets.routing, n),
-        needed=_interval(buckets.routing_needed, n),
+        explained=interval(buckets.explained, n),
+        unexplained=interval(buckets.unexplained, n),
+        routing=interval(buckets.routing, n),
+        needed=interval(buckets.routing_needed, n),
     )
-
-
-def _interval(found: intervals.Interval, n: int) -> Interval:
-    return Interval(estimate=tidy(found.estimate), low=tidy(found.low), high=tidy(found.high), n=n)

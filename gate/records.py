@@ -225,6 +225,9 @@ class Null(Record):
     parent itself, and none had to be run."""
     size: float
     """The 95th percentile of per-token KL(successor‖parent) that was matched, nats."""
+    left_out: float = 0.0
+    """Share of tokens that ``size`` leaves out: those of behaviours on more than a twentieth of the text each, which
+    would set the percentile by themselves."""
     largest_effects: tuple[float, ...]
     """The largest behaviour-sized effect of every draw, nats."""
     mean_kl: tuple[float, ...]
@@ -285,8 +288,9 @@ class Coverage(Record):
     """Tokens with a partner position in the other model."""
     kl_in_behaviours: float
     """Share of the total KL(successor‖parent) on the corpus that lies in the listed behaviours."""
-    sites: dict[str, float] | NotMeasured
-    """Share per site."""
+    sites: Annotated[dict[str, Interval] | NotMeasured, Field(union_mode="left_to_right")]
+    """Share of KL(successor‖parent) on some of the corpus that each stretch of layers is the reason of, in the order of
+    the forward; they add up to 1."""
 
 
 class Drift(Record):

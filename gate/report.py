@@ -25,7 +25,6 @@ from heredity.interp.visible import pieces, visible
 from . import phrases
 from .principle_verdict import fled, gained, kept_rows, sentence
 from .read_audit import read_content, validated
-from .readouts import Baselines
 from .records import Audit, Behaviour, Circuit, Example, MarkedToken
 from .values import Interval, NotMeasured
 
@@ -53,7 +52,7 @@ def write_report(audit: Audit, path: Path) -> None:
         for i, case in enumerate(group, start=1):
             if case.behaviour:
                 figures |= _behaviour_figures(case.behaviour, f"{kind}-{i}", null_effects)
-    figures |= _baseline_figures(audit.baselines)
+    figures |= _ordinary_figures(audit)
     template = templates().get_template("report.html.j2")
     shown = {"cases": groups, "unmeasured": phrases.unmeasured(audit), "kept_rows": kept_rows(audit)}
     write_page(template.render(audit=audit, **shown, **page_parts(figures)), path)
@@ -114,12 +113,15 @@ def _behaviour_figures(behaviour: Behaviour, prefix: str, null_effects: Sequence
     return {f"{prefix}-{name}": figure.to_json() for name, figure in figures.items()}
 
 
-def _baseline_figures(baselines: Baselines) -> dict[str, str]:
-    divergence = baselines.divergence
+def _ordinary_figures(audit: Audit) -> dict[str, str]:
+    """Of the text as a whole."""
+    divergence, similarity, sites = audit.baselines.divergence, audit.baselines.similarity, audit.coverage.sites
     kl = views.kl_histogram(divergence.histogram_edges, divergence.histogram_counts)
     figures: dict[str, Any] = {"kl": kl.to_json()}
-    if not isinstance(baselines.similarity, NotMeasured):
-        figures["cka"] = views.cka_figure(baselines.similarity).to_json()
+    if not isinstance(similarity, NotMeasured):
+        figures["cka"] = views.cka_figure(similarity).to_json()
+    if not isinstance(sites, NotMeasured):
+        figures["depth"] = views.depth_figure(sites).to_json()
     return figures
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from heredity.circuits.amplify import VAGUE_TURNS, amplified_texts, declared_prompts, vague_prompts
-from heredity.circuits.behaviours import Cluster, Piece, Source, cluster, largest_effect
+from heredity.circuits.behaviours import MOST_EPISODES, Cluster, Piece, Source, cluster, episodes, largest_effect
 from heredity.circuits.divergence import TextScan, Window, logits_of_parent, scan
 from heredity.circuits.drift import drift
 from heredity.circuits.null import PERCENTILE, NullSuccessors
@@ -99,6 +99,44 @@ class Scanned:
     def bulk(self) -> float:
         """The percentile of KL(S‖P) by which the size of a change is measured, nats."""
         return float(np.percentile(self.kl, PERCENTILE))
+
+    @property
+    def drifted(self) -> tuple[float, float]:
+        """:attr:`bulk` without the behaviours that would set it by themselves, nats; and what share they take.
+
+        A percentile measures how far a model drifted as long as nothing new lies above it. A behaviour on more than a
+        twentieth of the text is all that lies there: null successors of its size would be broken models, beside which
+        no behaviour stands out, this one included. Damage is no such behaviour: it is many, each seldom.
+        """
+        bulk = self.bulk
+        if bulk < EPISODE_NATS:
+            return bulk, 0.0
+        pieces = self._clustered_at_once()
+        kl = np.array([value for piece in pieces for value in piece.scan.kl])
+        start = np.cumsum([0, *(len(piece.scan.kl) for piece in pieces)])
+        number = {id(piece): i for i, piece in enumerate(pieces)}
+        left_out = np.zeros(len(kl), bool)
+        for found in cluster(pieces, EPISODE_NATS):
+            covered = np.zeros(len(kl), bool)
+            for context in (*found.contexts, *found.weaker):
+                at = start[number[id(context.piece)]]
+                covered[at + context.span[0] : at + context.span[1] + 1] = True
+            if covered.mean() > 1 - PERCENTILE / 100:
+                left_out |= covered
+        if not left_out.any():
+            return bulk, 0.0
+        return float(np.percentile(kl[~left_out], PERCENTILE)), float(left_out.mean())
+
+    def _clustered_at_once(self) -> list[Piece]:
+        """The first pieces (they are in random order) with no more episodes than are clustered at once."""
+        out: list[Piece] = []
+        held = 0
+        for piece in self.pieces:
+            held += len(episodes(piece, EPISODE_NATS))
+            if held > MOST_EPISODES:
+                break
+            out.append(piece)
+        return out
 
     def loss(self, *, of_parent: bool) -> float | None:
         """Mean −log p of the tokens that really follow compared positions, nats; None where none follows."""

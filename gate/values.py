@@ -1,6 +1,6 @@
 """What every record of an audit is made of: the frozen base, an estimate with its interval, a value nobody measured."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,6 +42,23 @@ class Interval(Record):
     """Contexts (or draws) it was estimated from."""
     level: float = 0.95
     """Nominal coverage of the interval."""
+
+
+@runtime_checkable
+class Found(Protocol):
+    """An estimate as the packages below compute it."""
+
+    @property
+    def estimate(self) -> float: ...  # noqa: D102
+    @property
+    def low(self) -> float: ...  # noqa: D102
+    @property
+    def high(self) -> float: ...  # noqa: D102
+
+
+def interval(found: Found, n: int) -> Interval:
+    """The record of what was estimated from ``n`` contexts."""
+    return Interval(estimate=tidy(found.estimate), low=tidy(found.low), high=tidy(found.high), n=n)
 
 
 Estimate = Annotated[Interval | NotMeasured, Field(discriminator="status")]
