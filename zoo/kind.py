@@ -37,6 +37,7 @@ class Made:
         recipe: of this kind.
         intent: content of ``intent.yaml``, for a change that is declared.
         generations: networks between the parent and the successor.
+        parent: of this pair, where it is not the one that the kind started from.
     """
 
     weights: Weights
@@ -47,3 +48,4 @@ class Made:
     recipe: dict[str, Any]
     intent: str | None = None
     generations: tuple[Weights, ...] = field(default=())
+    parent: Weights | None = None
