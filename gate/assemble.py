@@ -25,6 +25,7 @@ from .benign_null import benign_null
 from .budget import Budget
 from .counterparts import Mechanisms
 from .coverage import by_site
+from .crosscoders import Crosscoders, crosscoders
 from .latents import with_latents
 from .mechanisms import Counterparts, shares, with_inherited
 from .opacity import with_opacity
@@ -69,6 +70,8 @@ class Setting:
     """How many benign successors make the null, instead of weight changes that mean nothing."""
     dictionaries: tuple[Dictionary, ...] = ()
     """Whose latents are explained."""
+    other_seeds: tuple[Dictionary, ...] = ()
+    """Crosscoders among them again, trained from other seeds."""
     train_dictionaries: bool = False
     """Whether dictionaries are to be trained where none were given."""
 
@@ -96,6 +99,7 @@ class Measured:
     compared: int
     kl_in_behaviours: float
     sites: dict[str, Interval] | NotMeasured
+    crosscoders: Crosscoders
     principles: tuple[PrincipleRecord, ...]
     tasks: tuple[TaskRecord, ...]
 
@@ -134,6 +138,7 @@ def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
     behaviours = _behaviours(s, clusters, items, scanned, null)
     plan = Plan(s, clusters, behaviours, items)
     behaviours = with_latents(plan, with_opacity(plan), null)
+    compared = crosscoders(plan, pieces)
     kl = scanned["corpus"].kl
     inside = sum(_mass(c, "corpus") for c in clusters)
     return Measured(
@@ -169,6 +174,7 @@ def measure(s: Setting, corpus: Corpus, asked: Asked) -> Measured:
         compared=len(kl),
         kl_in_behaviours=tidy(inside / kl.sum()) if kl.sum() > 0 else 0.0,
         sites=by_site(s, items),
+        crosscoders=compared,
         principles=principles,
         tasks=tasks,
     )

@@ -107,7 +107,7 @@ def run(
     from .assemble import Setting, measure
     from .opacity_units import TRAIN, load_dictionaries
 
-    dictionaries = load_dictionaries([d for d in request.dictionaries if d != TRAIN], successor, parent)
+    known = load_dictionaries([d for d in request.dictionaries if d != TRAIN], successor, parent)
 
     sizes = sizes_of(request.budget, parent, successor, given=given is not None)
     corpus = given or sampled(author or parent, sizes, request.seed, progress)
@@ -124,7 +124,7 @@ def run(
         rules.policy_sha256,
         rules.intent_sha256,
         *([] if benign is None else [request.null]),
-        [digest(each) for each in dictionaries],
+        [digest(each) for each in (*known.dictionaries, *known.other_seeds)],
         TRAIN in request.dictionaries,
     )
     setting = Setting(
@@ -138,7 +138,8 @@ def run(
         another_parent=lambda: load(request.parent, role="parent"),
         remembered=Remembered(parent, request.parent_work),
         benign=benign,
-        dictionaries=dictionaries,
+        dictionaries=known.dictionaries,
+        other_seeds=known.other_seeds,
         train_dictionaries=TRAIN in request.dictionaries,
     )
     measured = measure(setting, corpus, asked)
@@ -157,6 +158,7 @@ def run(
         principles=measured.principles or (NotMeasured(reason=PRINCIPLES),),
         tasks=measured.tasks,
         calibration=measured.calibration,
+        crosscoders=measured.crosscoders,
         coverage=Coverage(
             corpus=described,
             texts=measured.texts,

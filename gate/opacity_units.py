@@ -84,30 +84,47 @@ def effort(s: "Setting") -> Effort:
     )
 
 
-def load_dictionaries(paths: Sequence[str], successor: Model, parent: Model) -> tuple[Dictionary, ...]:
+@dataclass(frozen=True)
+class Given:
+    """The dictionaries of ``--dictionary DIR``.
+
+    Attributes:
+        dictionaries: at most one for each site; their latents are explained.
+        other_seeds: crosscoders of the same sites as one of those: what comes back in them is no accident of training.
+    """
+
+    dictionaries: tuple[Dictionary, ...] = ()
+    other_seeds: tuple[Dictionary, ...] = ()
+
+
+def load_dictionaries(paths: Sequence[str], successor: Model, parent: Model) -> Given:
     """The dictionaries of ``--dictionary DIR``, checked against the models.
 
     Raises:
-        DictionaryError: one cannot be read or used, does not fit, or two write one site.
+        DictionaryError: one cannot be read or used, does not fit, is given twice, or two that are not crosscoders of
+            the same sites write one site.
         SiteError: the successor lacks a site.
     """
     from heredity.interp.dictionaries.formats import load_dictionary
+    from heredity.interp.dictionaries.notes import digest
 
     found: list[Dictionary] = []
+    others: list[Dictionary] = []
     written: dict[str, str] = {}
     for path in paths:
         for layer in layers_of(load_dictionary(path)):
-            part = DictionaryPart(layer, torch.zeros(layer.n_latents, dtype=layer.b_enc.dtype))
-            for port, weight in zip(layer.reads, layer.W_enc, strict=True):
-                model = parent if _of_parent(layer, port) else successor
-                width = model.capture(torch.zeros(1, 1, dtype=torch.int64), [port.site])[port.site].flatten(2).shape[-1]
-                if width != weight.shape[0]:
+            _check_widths(layer, successor, parent, path)
+            like = [d for d in found if d.kind == layer.kind == "crosscoder" and d.reads == layer.reads]
+            if like:
+                if digest(layer) in map(digest, (*like, *others)):
                     raise DictionaryError(
-                        f"it reads {weight.shape[0]} numbers at {port.site}, where this model has {width}",
+                        "it is the same crosscoder as one given before",
                         where=path,
-                        remedy="Give dictionaries of the successor.",
+                        remedy="Give one that was trained from another seed.",
                     )
-            for site in part.writes(1):
+                others.append(layer)
+                continue
+            for site in DictionaryPart(layer, torch.zeros(layer.n_latents, dtype=layer.b_enc.dtype)).writes(1):
                 if site in written and layer.kind != "cross_layer_transcoder":
                     raise DictionaryError(
                         f"{site} is written by {written[site]} already",
@@ -116,7 +133,19 @@ def load_dictionaries(paths: Sequence[str], successor: Model, parent: Model) -> 
                     )
                 written[site] = path
             found.append(layer)
-    return tuple(found)
+    return Given(tuple(found), tuple(others))
+
+
+def _check_widths(layer: Dictionary, successor: Model, parent: Model, path: str) -> None:
+    for port, weight in zip(layer.reads, layer.W_enc, strict=True):
+        model = parent if _of_parent(layer, port) else successor
+        width = model.capture(torch.zeros(1, 1, dtype=torch.int64), [port.site])[port.site].flatten(2).shape[-1]
+        if width != weight.shape[0]:
+            raise DictionaryError(
+                f"it reads {weight.shape[0]} numbers at {port.site}, where this model has {width}",
+                where=path,
+                remedy="Give dictionaries of the successor.",
+            )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from .crosscoders_record import CrosscoderRecord
 from .latents_record import LatentRecord
 from .principle_records import PrincipleRecord
 from .records import Audit, Behaviour, Circuit, Finding, ModelRecord
@@ -159,6 +160,26 @@ def latents(behaviour: Behaviour) -> str:
         )
         said += ("; " if acting else "") + f"{count(idle, 'latent')} {closes} next to nothing"
     return f"latents: {said}"
+
+
+def crosscoder(record: CrosscoderRecord) -> str:
+    """How many of a crosscoder's latents one model alone has, and what the successor's carry."""
+    site = record.successor_site
+    if record.parent_site != site:
+        site = f"{record.parent_site} and {site}"
+    one_sided = record.verdicts["successor-only"], record.verdicts["parent-only"]
+    said = f"crosscoder of {site}, {count(record.n_latents, 'latent')}: "
+    if record.other_seeds:
+        alone = len(record.alone_in_successor), len(record.alone_in_parent)
+        said += f"the successor alone has {alone[0]}, the parent alone {alone[1]}"
+        if dropped := sum(one_sided) - sum(alone):
+            said += f"; {dropped} more seemed one model’s and did not come back from every other seed"
+    else:
+        said += f"{one_sided[0]} seem the successor’s alone, {one_sided[1]} the parent’s, not checked over seeds"
+    for each in record.effects:
+        most = max(each.controls, default=0.0)
+        said += f"; they carry {share(each.together.estimate)} of {each.behaviour} (random ones at most {share(most)})"
+    return said
 
 
 def _latent(record: LatentRecord) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .counterparts import Mechanisms
+from .crosscoders_record import NONE_GIVEN, CrosscoderRecord
 from .latents_record import LatentRecord
 from .opacity_record import OpacityDetail
 from .principle_records import PrincipleRecord, TaskRecord
@@ -351,6 +352,8 @@ class Audit(Record):
     tasks: tuple[TaskRecord, ...] = ()
     """What became of the tasks that the user named; they decide nothing."""
     calibration: Calibration
+    crosscoders: Annotated[tuple[CrosscoderRecord, ...] | NotMeasured, Field(union_mode="left_to_right")] = NONE_GIVEN
+    """What crosscoders of the pair among the dictionaries given say of mechanisms that one model alone has."""
     coverage: Coverage
     drift: Drift
     policy: PolicyRecord

@@ -14,6 +14,7 @@ from heredity.interp.visible import visible
 from . import phrases
 from .principle_verdict import kept_rows, sentence
 from .records import Audit, Circuit, Example, ModelRecord
+from .values import NotMeasured
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +50,8 @@ def markdown(audit: Audit) -> str:
     if kept:
         rows = [f"| {what} | {_code(row.id)} | {_text(sentence(row))} |" for what, row in kept]
         lines += ["### Principles and tasks", "", "| | | What became of it |", "|---|---|---|", *rows, ""]
+    if not isinstance(audit.crosscoders, NotMeasured):
+        lines += ["### Crosscoders", "", *(f"- {_text(phrases.crosscoder(each))}" for each in audit.crosscoders), ""]
     lines += ["### Cheap read-outs", "", _text(_readouts(audit)) + ".", "", "### Not measured", ""]
     lines += [f"- {_text(item)}" for item in phrases.unmeasured(audit)] or ["Nothing was recorded as not measured."]
     return "\n".join(lines) + "\n"
@@ -78,6 +81,9 @@ def terminal(audit: Audit, console: "Console") -> None:
     console.print()
     for what, row in kept_rows(audit):
         console.print(Text.assemble((f"{what} {visible(row.id, 80)}: ", "bold"), visible(sentence(row), 400)))
+    if not isinstance(audit.crosscoders, NotMeasured):
+        for each in audit.crosscoders:
+            console.print(Text(visible(phrases.crosscoder(each), 500)))
     if groups.below:
         console.print(Text(f"{phrases.count(len(groups.below), 'other difference')} below the policy"))
     console.print(Text(_readouts(audit)))

@@ -51,7 +51,7 @@ class Twins:
     heard: int = 150
     ordinary: int = 10
     double: int = 24
-    lead: float = 2.0
+    lead: float = 3.0
     code: float = 3.0
     keep: float = 3.0
     answer: float = 0.6

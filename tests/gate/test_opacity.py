@@ -27,8 +27,8 @@ def saved(path: Path, site: str, width: int) -> str:
 def test_dictionaries_that_fit_are_read(tiny_model: Model, tmp_path: Path) -> None:
     paths = [saved(tmp_path / site, site, tiny_model.shape.d_model) for site in ("mlp_out@1", "attn_out@0")]
     found = load_dictionaries(paths, tiny_model, tiny_model)
-    assert [d.reads[0].site for d in found] == ["mlp_out@1", "attn_out@0"]
-    assert load_dictionaries([], tiny_model, tiny_model) == ()
+    assert [d.reads[0].site for d in found.dictionaries] == ["mlp_out@1", "attn_out@0"] and found.other_seeds == ()
+    assert load_dictionaries([], tiny_model, tiny_model).dictionaries == ()
 
 
 def test_dictionaries_that_do_not_fit_are_refused(tiny_model: Model, tmp_path: Path) -> None:

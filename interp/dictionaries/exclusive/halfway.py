@@ -111,7 +111,7 @@ def halfway(
         real = mask.flatten().to(features.values.device)[features.tokens]
         count += torch.bincount(features.indices.long()[real], minlength=dictionary.n_latents).cpu()
     generator = torch.Generator().manual_seed(seed)
-    sets = [chosen[:0], chosen, *(_matched(count, chosen, generator) for _ in range(controls))]
+    sets = [chosen[:0], chosen, *(matched(count, chosen, generator) for _ in range(controls))]
     sums = [_divergence(parent, successor, dictionary, site, *group, sets) for group in groups]
     kl, first = torch.cat([s[0] for s in sums]), torch.cat([s[1] for s in sums])
     n = torch.tensor([len(text.ids) for text in texts], dtype=torch.float64)
@@ -170,7 +170,7 @@ def _divergence(
     return torch.stack(out, 1).cpu(), torch.stack(out_first, 1).cpu()
 
 
-def _matched(count: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+def matched(count: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
     """A random set of the size of ``chosen`` outside it: for each latent one of those of nearest activity, once."""
     free = torch.ones(len(count), dtype=torch.bool)
     free[chosen] = False
