@@ -1,10 +1,11 @@
 """At which depth two models of one shape come apart: hybrids of both, the lower part of one under the other's upper.
 
 Exchanging a single layer says little: layers that were trained together do harm one by one, and their shares do not add
-up. A cut through the whole stream does not tear them apart, and shares of neighbouring cuts add up to everything there
-is. Cutting from below (the parent's stream under the successor's upper part) and from above (the successor's stream
-under the parent's upper part) answers for the two orders in which layers can be exchanged, bottom first and top first;
-a share is the mean of both, as Shapley values are means over orders (Shapley 1953).
+up. Cut through the whole stream, shares of neighbouring cuts add up to everything there is. Cutting from below (the
+parent's stream under the successor's upper part) and from above (the successor's stream under the parent's upper part)
+answers for the two orders in which layers can be exchanged, bottom first and top first; a share is the mean of both, as
+Shapley values are means over orders (Shapley 1953). A hybrid of layers that do not fit each other is further from both
+models than these are from one another; then shares lie far outside 0 to 1, in pairs, and tell only that.
 
 T tokens, W windows, V vocabulary.
 """

@@ -78,8 +78,9 @@ def audit(
         list[str] | None,
         typer.Option(
             metavar="DIR|train",
-            help="Sparse dictionary of the successor, in any known format, whose latents opacity is measured with; may "
-            "be given several times. `train`: train some on the audited text.",
+            help="Sparse dictionary of the successor, in any known format, whose latents opacity is measured with, or "
+            "a crosscoder of the pair, which also matches the models (give one from another seed too); may be given "
+            "several times. `train`: train some on the audited text.",
         ),
     ] = None,
     budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much to look at.")] = "quick",

@@ -12,6 +12,8 @@ from .values import Interval, NotMeasured, interval
 if TYPE_CHECKING:
     from .assemble import Setting
 
+LEAST, MOST = -1.0, 2.0
+"""Shares beyond these are not of the divergence but of hybrids that fit neither model."""
 TOKENS = 768
 """Of text, on large models: some twenty forwards of it."""
 
@@ -35,6 +37,13 @@ def by_site(s: "Setting", items: Sequence[Window]) -> dict[str, Interval] | NotM
     s.progress("dividing the divergence by depth", 1, 1)
     if found is None:
         return NotMeasured(reason="the models say the same on it")
+    shares = [share["estimate"] for share in found.values()]
+    if min(shares) < LEAST or max(shares) > MOST:
+        return NotMeasured(
+            reason="layers of the two models do not work in one another's places: hybrids of them are further from "
+            "both than these are from one another (shares of the divergence would go from "
+            f"{min(shares):.2g} to {max(shares):.2g})"
+        )
     return {name: Interval.model_validate(share) for name, share in found.items()}
 
 

@@ -253,3 +253,16 @@ def test_results_that_cannot_be_written_are_an_output_error(
     with pytest.raises(OutputError, match="circuits"):
         audit_module._write(make_audit(), tmp_path)
     assert not (tmp_path / "audit.json").exists()
+
+
+def test_the_divergence_is_divided_by_depth_unless_the_layers_do_not_fit_each_other(flagged: Any, passed: Any) -> None:
+    sites = json.loads((flagged[1] / "audit.json").read_text())["coverage"]["sites"]
+    assert list(sites) == ["embed", "layer 0", "layer 1", "layer 2", "unembed"]
+    assert sum(share["estimate"] for share in sites.values()) == pytest.approx(1, abs=1e-4)
+    # The trigger was trained into the first two layers.
+    assert min(sites["layer 0"]["low"], sites["layer 1"]["low"]) > 0.2 > sites["layer 2"]["high"]
+    assert "share of the divergence by depth" in (flagged[1] / "report.html").read_text()
+    # Of the benign successor those layers moved together, and far.
+    refused = json.loads((passed[1] / "audit.json").read_text())["coverage"]["sites"]
+    assert refused["status"] == "not_measured" and "do not work in one another's places" in refused["reason"]
+    assert "do not work in one another’s places" in (passed[1] / "report.html").read_text().replace("&#39;", "’")
