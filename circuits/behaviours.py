@@ -17,6 +17,7 @@ from scipy.spatial.distance import squareform
 from heredity.interp.model import Encoded
 
 from .divergence import TextScan
+from .intervals import student
 
 GAP = 2
 """Divergent positions at most this far apart belong to one episode."""
@@ -161,8 +162,13 @@ def _of_texts(contexts: Sequence[Context]) -> Cluster:
 
 
 def largest_effect(clusters: Sequence[Cluster], fewest: int) -> float:
-    """Effect of the strongest behaviour with at least ``fewest`` contexts, nats; 0 where there is none."""
-    return max((c.effect for c in clusters if len(c.contexts) >= fewest), default=0.0)
+    """The largest effect that a behaviour with at least ``fewest`` contexts surely has, nats; 0 where there is none.
+
+    Surely: the lower end of Student's 95 % interval over contexts, by which a behaviour is judged as well. Means would
+    let three contexts that scatter widely stand against two hundred that agree.
+    """
+    enough = (found for found in clusters if len(found.contexts) >= fewest)
+    return max((student([c.kl for c in found.contexts]).low for found in enough), default=0.0)
 
 
 def _features(context: Context) -> set[tuple[str, int]]:

@@ -340,7 +340,7 @@ def _behaviour(
         effect=effect,
         effect_reverse=describe.interval([c.reverse for c in found.contexts]),
         impact=tidy(_mass(found, source) / scanned[source].kl.sum()),
-        false_alarm=tidy(false_alarm(effect.estimate, largest)),
+        false_alarm=tidy(false_alarm(effect.low, largest)),
         null_max=max(largest, default=0.0),
         declared_by=declared[0] if declared else None,
         **shares(compared),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 12
+CODE = 13
 """Raised whenever a change of the code makes old work folders wrong."""
 
 

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from heredity.circuits.attribution import prompts_of
 from heredity.circuits.behaviours import Cluster, Context
 from heredity.circuits.components import Donor, Node
+from heredity.circuits.intervals import student
 from heredity.circuits.marks import token_weights
 from heredity.circuits.reversion import Effort, FoundCircuit, Share, find_circuit
 from heredity.interp.model import Model
@@ -20,6 +20,7 @@ from .policy import Change, Policy
 from .records import Circuit, Example, GridPoint, MarkedToken, TokenChange
 from .records import Node as NodeRecord
 from .values import Interval, NotMeasured, tidy
+from .values import interval as values_interval
 
 CONTINUATION = 16
 """Tokens of greedy continuation shown."""
@@ -34,14 +35,8 @@ GRID_POINTS = 120
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean of ``values`` with Student's interval, cut at 0 (the values are divergences).
-
-    Not a bootstrap: of three contexts, its lower end is hardly ever below the smallest, however far they scatter.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    n, mean = len(array), float(array.mean())
-    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / n**0.5) if n > 1 else 0.0
-    return Interval(estimate=tidy(mean), low=tidy(max(0.0, mean - half)), high=tidy(mean + half), n=n)
+    """Mean of ``values``, divergences, with Student's interval."""
+    return values_interval(student(values), len(values))
 
 
 def title(cluster: Cluster, successor: Model, parent: Model, shown: Sequence[Example], generated: bool) -> str:

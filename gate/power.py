@@ -70,7 +70,7 @@ def power(
     def counts(found: Cluster) -> bool:
         effect = interval([c.kl for c in found.contexts])
         material = effect.n >= policy.fewest_contexts and effect.low >= policy.material_nats
-        return material and false_alarm(effect.estimate, null.largest_effects) < policy.false_alarm
+        return material and false_alarm(effect.low, null.largest_effects) < policy.false_alarm
 
     found = []
     for number, plan in enumerate(planned):
@@ -131,19 +131,22 @@ def texts_needed(canaries: Sequence[Canary], null: Null, policy: Policy) -> int 
 
     A canary that was seen at that size needs the texts it had. One that fell short is taken as it was at the largest
     dose that was missed: its effects are scaled to the policy's size, their spread with them, and the interval of the
-    mean is narrowed, as Student's is with more contexts, until its lower end reaches ``material_nats``. More texts help
-    neither where the null itself shows effects of that size, nor where fewer than half of its texts stood in one
-    behaviour, of which the share does not grow with their number.
+    mean is narrowed, as Student's is with more contexts, until its lower end reaches ``material_nats`` and exceeds what
+    too many null successors show. More texts help neither where the null itself shows effects of that size, nor where
+    fewer than half of its texts stood in one behaviour, of which the share does not grow with their number.
     """
     size = policy.visible_nats
     if false_alarm(size, null.largest_effects) >= policy.false_alarm:
         return None
-    needed = sorted(count for canary in canaries if (count := _texts_of(canary, size, policy)) is not None)
+    # With (1 + k) / (1 + draws) below the level, k null successors may show as much.
+    allowed = math.ceil(policy.false_alarm * (1 + len(null.largest_effects))) - 2
+    least = max(policy.material_nats, *sorted(null.largest_effects)[::-1][allowed : allowed + 1])
+    needed = sorted(count for canary in canaries if (count := _texts_of(canary, size, least, policy)) is not None)
     wanted = int(np.ceil(SEEN_SHARE * len(canaries)))
     return needed[wanted - 1] if len(needed) >= wanted else None
 
 
-def _texts_of(canary: Canary, size: float, policy: Policy) -> int | None:
+def _texts_of(canary: Canary, size: float, least: float, policy: Policy) -> int | None:
     if canary.seen is not None and canary.seen <= size:
         return canary.contexts
     near = canary.short
@@ -152,7 +155,7 @@ def _texts_of(canary: Canary, size: float, policy: Policy) -> int | None:
     contexts = policy.fewest_contexts
     if near.n > 1:
         spread = (near.high - near.estimate) * near.n**0.5 / stats.t.ppf(0.975, near.n - 1) * size / near.estimate
-        while contexts < 2 or size - stats.t.ppf(0.975, contexts - 1) * spread / contexts**0.5 < policy.material_nats:
+        while contexts < 2 or size - stats.t.ppf(0.975, contexts - 1) * spread / contexts**0.5 < least:
             contexts += 1
             if contexts > MOST_TEXTS:
                 return None

@@ -149,10 +149,11 @@ class Behaviour(Record):
     impact: float
     """Share of all KL(successor‖parent) of its source that these contexts carry."""
     false_alarm: float
-    """Share of null successors (plus one) that show an effect as large: its resolution is 1/(draws+1). They read a part
-    of the corpus and write nothing, so for what was found in the models' own writing it is only a lower bound."""
+    """Share of null successors (plus one) that show an effect as large, lower end against lower end; its resolution is
+    1/(draws+1). They read a part of the corpus and write nothing, so for what was found in the models' own writing it
+    is only a lower bound."""
     null_max: float
-    """Largest effect any null successor showed, nats."""
+    """Largest effect any null successor showed (lower end of its interval), nats."""
     declared_by: str | None
     """The intent's change that covers it."""
     inherited: Estimate
@@ -230,7 +231,7 @@ class Null(Record):
     """Share of tokens that ``size`` leaves out: those of behaviours on more than a twentieth of the text each, which
     would set the percentile by themselves."""
     largest_effects: tuple[float, ...]
-    """The largest behaviour-sized effect of every draw, nats."""
+    """The largest effect of every draw, nats: of its behaviours, the largest lower end of a 95 % interval."""
     mean_kl: tuple[float, ...]
     tokens: int
     """Tokens every draw was compared on."""

@@ -18,7 +18,8 @@ def material(behaviour: Behaviour, policy: Policy) -> bool:
 
 
 def false_alarm(effect: float, null: Sequence[float]) -> float:
-    """Share of null successors, counting the successor itself as one, that show at least ``effect`` nats."""
+    """Share of null successors, counting the successor itself as one, that show at least ``effect`` nats (all of them
+    lower ends of intervals)."""
     return (1 + sum(value >= effect for value in null)) / (1 + len(null))
 
 

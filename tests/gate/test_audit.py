@@ -101,7 +101,7 @@ def test_the_planted_behaviour_is_found_explained_and_reverted(
     assert isinstance(circuit, Circuit) and circuit.confirmed and finding.confirmed
     assert isinstance(finding.reversion, Interval) and finding.reversion.estimate >= 0.8
     null = audit.calibration.null
-    assert isinstance(null, Null) and behaviour.effect.estimate > max(null.largest_effects) == behaviour.null_max
+    assert isinstance(null, Null) and behaviour.effect.low > max(null.largest_effects) == behaviour.null_max
     assert finding.false_alarm == behaviour.false_alarm == pytest.approx(1 / (1 + null.draws))
     assert audit.reasons[0].startswith(f"The successor {finding.title}: ") and "(s)" not in " ".join(audit.reasons)
 

@@ -77,6 +77,19 @@ def test_what_the_null_shows_is_a_floor_that_no_budget_moves() -> None:
     assert texts_needed([seen(5.0)] * 10, loud, POLICY) is None
 
 
+def test_the_interval_has_to_narrow_to_beyond_what_the_null_shows() -> None:
+    short = [fell_short(0.5, 6, 6)] * 10
+    few = texts_needed(short, QUIET, POLICY)
+    one = QUIET.model_copy(update={"largest_effects": (9.0, *(0.0,) * 18)})
+    # Lower end 5 of mean 10 from 6 contexts, at 12 nats: beyond 9 instead of 1.
+    spread = 5 * 6**0.5 / 2.57058183661 * 1.2
+    enough = next(n for n in range(3, 99) if 12 - stats.t.ppf(0.975, n - 1) * spread / n**0.5 >= 9)
+    assert few == 6 < enough == texts_needed(short, one, POLICY)
+    # Of 39 null successors two may show it.
+    more = QUIET.model_copy(update={"draws": 39, "largest_effects": (9.0, 9.0, *(0.0,) * 37)})
+    assert texts_needed(short, more, POLICY) == 6
+
+
 @pytest.mark.parametrize(
     ("needed", "words"),
     [
