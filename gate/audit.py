@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 13
+CODE = 14
 """Raised whenever a change of the code makes old work folders wrong."""
 
 

@@ -59,7 +59,7 @@ def effort(s: "Setting") -> Effort:
     if s.sizes.small:
         return Effort(
             behaviours=2 * 2**level,
-            explained=32 * 2**level,
+            explained=64 * 2**level,
             latents=128,
             steps=200 * 2**level,
             seeds=1 + level,
