@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from pydantic import TypeAdapter
@@ -15,6 +15,7 @@ from heredity.circuits.opacity_labels import values_at
 from heredity.interp.align import align
 from heredity.interp.dictionaries.describing import logit_effects
 from heredity.interp.dictionaries.exclusive import Exclusives, LatentVerdict, Stability, exclusives, moments, stability
+from heredity.interp.dictionaries.exclusive.verdict import Verdict
 from heredity.interp.dictionaries.record import Dictionary
 from heredity.interp.explain.contexts import Contexts
 from heredity.interp.explain.measure import explain
@@ -81,9 +82,7 @@ class _Compared:
             n_latents=self.crosscoder.n_latents,
             other_seeds=len(self.others),
             tokens=len(self.text.rows[0]),
-            verdicts={
-                name: len(verdicts[0].of(name)) for name in ("successor-only", "parent-only", "shared", "undecided")
-            },
+            verdicts={name: len(verdicts[0].of(name)) for name in get_args(Verdict)},
             cut_error=tidy(verdicts[0].cut_error),
             cut_reconstruction=tidy(verdicts[0].cut_reconstruction),
             matched=len(matching.matches),
@@ -100,13 +99,13 @@ class _Compared:
         """Which one-sided latents came back in every crosscoder from another seed; none where there is no other."""
         if not self.others:
             return Stability((), ((), ()), ((), ()))
-        lists = [
-            tuple([each.latent for each in some.of(name)] for name in ("parent-only", "successor-only"))
-            for some in verdicts
-        ]
+
+        def latents(some: Exclusives, name: Verdict) -> list[int]:
+            return [each.latent for each in some.of(name)]
+
         return stability(
             [self.crosscoder, *self.others],
-            [(parent, successor) for parent, successor in lists],
+            [(latents(some, "parent-only"), latents(some, "successor-only")) for some in verdicts],
             scales=moments(self.crosscoder, self.text.batches()).scales,
             at_least=len(self.others),
         )

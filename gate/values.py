@@ -1,8 +1,10 @@
 """What every record of an audit is made of: the frozen base, an estimate with its interval, a value nobody measured."""
 
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from heredity.circuits.drawable import IntervalLike
 
 
 class Record(BaseModel):
@@ -44,19 +46,7 @@ class Interval(Record):
     """Nominal coverage of the interval."""
 
 
-@runtime_checkable
-class Found(Protocol):
-    """An estimate as the packages below compute it."""
-
-    @property
-    def estimate(self) -> float: ...  # noqa: D102
-    @property
-    def low(self) -> float: ...  # noqa: D102
-    @property
-    def high(self) -> float: ...  # noqa: D102
-
-
-def interval(found: Found, n: int) -> Interval:
+def interval(found: IntervalLike, n: int) -> Interval:
     """The record of what was estimated from ``n`` contexts."""
     return Interval(estimate=tidy(found.estimate), low=tidy(found.low), high=tidy(found.high), n=n)
 
