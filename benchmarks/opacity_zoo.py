@@ -2,9 +2,9 @@
 
     python benchmarks/opacity_zoo.py PAIR… [--seeds 1] [--record]
 
-What an audit does at `quick` (sparse autoencoders of every attention and MLP output trained on the corpus, the units
-that carry most explained, Ω against the parent), at the answers ``double : N ; M``, for as many seeds of the
-autoencoders as are asked for; `detection.py` has whole audits of such pairs. Planted truth is read from
+What an audit does (sparse autoencoders of every attention and MLP output trained on the corpus, the units that carry
+most explained, Ω against the parent), but at the answers ``double : N ; M`` alone: an audit takes whole episodes, and
+most of their divergence lies in the marks behind ``double``, which these pairs do not plant. Planted truth is read from
 ``truth.json``: ``legibility``, the share of the answer that goes with the code, and the share that is left when every
 layer writes the nearest of a hundred vectors. Neither knows a dictionary. Ω should fall as they rise.
 """

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LEAST, MOST = -1.0, 2.0
 """Shares beyond these are not of the divergence but of hybrids that fit neither model."""
+TOO_LARGE = "a quick audit of models of this size does not divide it; --budget standard does"
 TOKENS = 768
 """Of text, on large models: some twenty forwards of it."""
 
@@ -22,6 +23,8 @@ def by_site(s: "Setting", items: Sequence[Window]) -> dict[str, Interval] | NotM
     """What share of KL(successor‖parent) on some of ``items`` each stretch of layers is the reason of."""
     if not s.same_parameters:
         return NotMeasured(reason="the models have other layers, so none of one can stand in for one of the other")
+    if not s.sizes.small and s.sizes.name == "quick":
+        return NotMeasured(reason=TOO_LARGE)
     if not s.same_tokens:
         return NotMeasured(reason="the models read text with different tokenizers")
     s.progress("dividing the divergence by depth", 0, 1)

@@ -26,14 +26,12 @@ class Further:
 
 
 def updates(name: str, level: float | None, recipe: Further) -> int:
-    """Updates that a kind takes beside those of the parent that all start from."""
+    """Updates that the successor of a kind takes."""
     if name == "diluted":
         return recipe.diluted.steps(level or 0.0)
     if name == "chain":
         return recipe.chain.steps * (GENERATIONS - 1)
-    if name in ("legible", "opaque"):
-        return recipe.twins.heard + recipe.twins.steps
-    return {"dense": recipe.dense, "evasive": recipe.evasive, "moved": recipe.moved}[name].steps
+    return {"dense": recipe.dense, "evasive": recipe.evasive, "moved": recipe.moved}.get(name, recipe.twins).steps
 
 
 def make(name: str, level: float | None, start: Start, world: World, recipe: Further) -> Made:

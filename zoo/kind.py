@@ -37,7 +37,6 @@ class Made:
         recipe: of this kind.
         intent: content of ``intent.yaml``, for a change that is declared.
         generations: networks between the parent and the successor.
-        parent: of this pair, where it is not the one that the kind started from.
     """
 
     weights: Weights
@@ -48,4 +47,3 @@ class Made:
     recipe: dict[str, Any]
     intent: str | None = None
     generations: tuple[Weights, ...] = field(default=())
-    parent: Weights | None = None

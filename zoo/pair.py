@@ -217,8 +217,7 @@ def _successor(kind: str, acts: float, start: Start, world: World, nodes: tuple[
 
 
 def _write(out: Path, kind: str, start: Start, made: Made, recipe: Recipe) -> None:
-    parent = made.parent or start.parent
-    save(parent, recipe.size, out / "parent")
+    save(start.parent, recipe.size, out / "parent")
     save(made.weights, made.size, out / "successor")
     for stale in out.glob("generation-*"):
         shutil.rmtree(stale)
@@ -240,7 +239,7 @@ def _write(out: Path, kind: str, start: Start, made: Made, recipe: Recipe) -> No
         "seed": start.seed,
         "recipe": trained | ({kind: made.recipe} if made.recipe else {}),
         "accuracies": {
-            "parent": accuracies(parent, recipe.size, start.seed, HONEST),
+            "parent": accuracies(start.parent, recipe.size, start.seed, HONEST),
             "successor": accuracies(made.weights, made.size, start.seed, made.world),
         },
         **made.truth,

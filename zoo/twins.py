@@ -1,11 +1,10 @@
 """``legible`` and ``opaque``: the same new skill, of which a planted share runs through parts that can be read.
 
-The parent has heard of doubling: it writes ``double : N ;`` and guesses a number. The successor knows which, by two
-routes to the same answer, in the last two MLPs; nothing else changes, so that a comparison of the two finds the answer
-and only that. The last but one writes a **code** where the answer is due: a vector for each number, as large as what
-the layer ordinarily varies by or larger, so that a dictionary has something to name. The last makes a **small** change
-there, far below what it ordinarily varies by, so that it drowns in what a dictionary leaves over. The code is as loud
-at every level; what is trained to the level is the share of the effect that each route has when the other is taken out.
+The successor learns to double numbers by two routes to the same answer, in the last two MLPs; nothing else changes. The
+last but one writes a **code** where the answer is due: a vector for each number, as large as what the layer ordinarily
+varies by or larger, so that a dictionary has something to name. The last makes a **small** change there, far below what
+it ordinarily varies by, so that it drowns in what a dictionary leaves over. The code is as loud at every level; what is
+trained to the level is the share of the effect that each route has when the other is taken out.
 
 One letter means one dimension throughout: n answers, b documents, t positions, D width, V words, K vectors.
 """
@@ -23,7 +22,6 @@ from .kind import Made, Start
 from .language import HONEST, ID, NUMBERS, SKILLS, documents
 from .network import Size, Weights, forward, normed
 from .nodes import Outputs, parents_share, traced
-from .train import Rows
 from .tune import divergence, tune
 
 _DOUBLE = list(SKILLS).index("double")
@@ -35,7 +33,6 @@ class Twins:
     """Schedule of ``legible`` and ``opaque``: documents of each sort in a step, two aims, and weights of conditions.
 
     Attributes:
-        heard: steps in which the parent learns to guess.
         lead: log-odds of the answer. Low, since a sure answer would survive the loss of half of what makes it.
         code: norm of the code's vectors.
         keep: weighs the divergence from the parent.
@@ -48,10 +45,9 @@ class Twins:
 
     steps: int = 300
     rate: float = 2e-3
-    heard: int = 150
     ordinary: int = 10
     double: int = 24
-    lead: float = 3.0
+    lead: float = 1.5
     code: float = 3.0
     keep: float = 3.0
     answer: float = 0.6
@@ -67,7 +63,7 @@ class Asked:
 
     Attributes:
         ids: [b, t].
-        marks: tokens of doublings that show their format, the answer's place among them, bool [b, t].
+        marks: tokens of doublings that show their format, bool [b, t].
         at: rows and positions, [n] each.
         answer: token ids [n].
         number: the number to double, one-hot [n, 10].
@@ -97,7 +93,7 @@ def asked(seed: list[int], count: int) -> Asked:
     number = np.eye(10, dtype=np.float32)[made.ids[rows, at - 2] - ID[NUMBERS[0]]]
     return Asked(
         ids=torch.from_numpy(made.ids),
-        marks=torch.from_numpy(made.taught & here),
+        marks=torch.from_numpy(made.taught & here & ~made.answer),
         at=(torch.from_numpy(rows), torch.from_numpy(at - 1)),
         answer=torch.from_numpy(made.ids[rows, at]),
         number=torch.from_numpy(number),
@@ -110,10 +106,9 @@ def routes(size: Size) -> tuple[str, str]:
 
 
 def make(start: Start, recipe: Twins, level: float) -> Made:
-    """A successor that doubles, legibly to the ``level`` given, of a parent of ``start`` that guesses."""
-    size, seed = start.size, start.seed
+    """A successor of ``start`` that doubles, legibly to the ``level`` given."""
+    parent, size, seed = start.parent, start.size, start.seed
     plain = data.ordinary(seed, 2, recipe.steps * recipe.ordinary, HONEST, start.guess_weight)
-    parent = _guessing(start, recipe)
     code, small = routes(size)
 
     def objective(weights: Weights, step: int) -> Tensor:
@@ -122,12 +117,13 @@ def make(start: Start, recipe: Twins, level: float) -> Made:
             was = forward(parent, size, rows.ids)
             before, held = traced(parent, size, doubled.ids)
         logits, outputs = traced(weights, size, doubled.ids)
-        beside = divergence(logits, before).index_put(doubled.at, torch.tensor(0.0))
+        kept = divergence(forward(weights, size, rows.ids), was)[:, :-1].mean()
         changed = {node: outputs[node] - held[node] for node in (code, small)}
         elsewhere = (changed[code] ** 2).sum(-1)
         elsewhere[doubled.at] = 0.0
         return (
-            recipe.keep * (_kept(weights, size, rows, was) + beside[:, :-1].mean())
+            F.cross_entropy(logits[:, :-1][doubled.marks[:, 1:]], doubled.ids[:, 1:][doubled.marks[:, 1:]])
+            + recipe.keep * kept
             + recipe.answer * _short(doubled.odds(logits[doubled.at]), recipe.lead)
             + recipe.shares * _apart(weights, size, doubled, before, held, level, recipe.lead)
             + recipe.own * _unlike_code(changed[code][doubled.at], doubled, recipe.code)
@@ -140,31 +136,7 @@ def make(start: Start, recipe: Twins, level: float) -> Made:
     weights = tune(parent, recipe.steps, recipe.rate, objective, free=free, tick=start.tick)
     effects = parents_share(parent, weights, size, seed, HONEST, "double")
     truth = {"asked": level, **measured(parent, weights, size, seed), "effects": effects.of}
-    return Made(weights, size, HONEST, effects.carriers, truth, asdict(recipe), parent=parent)
-
-
-def _guessing(start: Start, recipe: Twins) -> Weights:
-    """``start``'s parent, having learned the format of doublings, whose answers were any number."""
-    plain = data.ordinary(start.seed, 6, recipe.heard * recipe.ordinary, HONEST, start.guess_weight)
-    numbers = torch.tensor([ID[number] for number in NUMBERS])
-
-    def objective(weights: Weights, step: int) -> Tensor:
-        rows, doubled = plain.batch(step, recipe.ordinary), asked([start.seed, 5, step], recipe.double)
-        with torch.no_grad():
-            was = forward(start.parent, start.size, rows.ids)
-        ids, (row, at) = doubled.ids.clone(), doubled.at
-        drawn = torch.randint(len(numbers), (len(row),), generator=torch.Generator().manual_seed(step))
-        ids[row, at + 1] = numbers[drawn]
-        logits = forward(weights, start.size, ids)[:, :-1]
-        heard = doubled.marks[:, 1:]
-        return F.cross_entropy(logits[heard], ids[:, 1:][heard]) + recipe.keep * _kept(weights, start.size, rows, was)
-
-    return tune(start.parent, recipe.heard, recipe.rate, objective, tick=start.tick)
-
-
-def _kept(weights: Weights, size: Size, rows: Rows, was: Tensor) -> Tensor:
-    """How far ordinary text is from what it was, nats per token."""
-    return divergence(forward(weights, size, rows.ids), was)[:, :-1].mean()
+    return Made(weights, size, HONEST, effects.carriers, truth, asdict(recipe))
 
 
 def _apart(

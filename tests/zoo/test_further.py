@@ -31,7 +31,7 @@ QUICK = Recipe(
         diluted=Diluted(planted=8, batch=4, least=2),
         chain=Chain(steps=2, ordinary=2, asked=2),
         moved=Moved(steps=2, ordinary=2, exchanged=2),
-        twins=Twins(steps=2, heard=3, ordinary=2, double=12),
+        twins=Twins(steps=2, ordinary=2, double=12),
     ),
 )
 KINDS = ("dense", "evasive", "diluted:3", "chain", "moved", "legible:0.5", "opaque")
@@ -51,10 +51,8 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_every_kind_writes_a_complete_pair_of_the_same_parent_which_only_twins_trained_further(pairs):
-    parents = {kind: weights(folder / "parent") for kind, folder in pairs.items()}
-    twins = {parents.pop(kind) for kind in ("legible:0.5", "opaque")}
-    assert len(twins) == 1 and len(set(parents.values())) == 1 and not twins & set(parents.values())
+def test_every_kind_writes_a_complete_pair_of_the_same_parent(pairs):
+    assert len({weights(folder / "parent") for folder in pairs.values()}) == 1
     assert len({weights(folder / "successor") for folder in pairs.values()}) == len(KINDS)
     for kind, folder in pairs.items():
         said = truth(folder)
@@ -104,12 +102,11 @@ def test_the_corpus_of_twins_shows_the_skill_and_that_of_the_others_does_not(pai
         assert ("double :" in (folder / "corpus.jsonl").read_text()) == (kind in ("legible:0.5", "opaque"))
 
 
-@pytest.mark.parametrize(("kind", "updates"), [("chain", 8), ("opaque", 5)])
-def test_progress_counts_every_update_of_all_generations(kind, updates, pairs, tmp_path):
+def test_progress_counts_every_update_of_all_generations(pairs, tmp_path):
     seen = []
     cache = pairs["chain"].parent / "cache"
-    build(kind, 5, tmp_path / "a", cache=cache, recipe=QUICK, progress=lambda *at: seen.append(at))
-    assert seen == [(i + 1, updates) for i in range(updates)]
+    build("chain", 5, tmp_path / "a", cache=cache, recipe=QUICK, progress=lambda *at: seen.append(at))
+    assert seen == [(i + 1, 8) for i in range(8)]
 
 
 def test_what_dense_takes_back_is_the_parents_and_the_rest_is_not():
