@@ -152,3 +152,11 @@ def test_histogram_and_similarity() -> None:
         1.0,
     ]
     assert views.cka_figure([]).to_json() and views.kl_histogram([], []).to_json()
+
+
+def test_depth_figure_shows_shares_below_0_and_each_end_of_their_intervals() -> None:
+    figure = views.depth_figure({"layer 0": Estimate(1.25, 1.0, 1.75), "layer 1": Estimate(-0.25, -0.5, 0.0)})
+    (bars,) = figure.data
+    assert list(bars.y) == [1.25, -0.25] and list(figure.layout.xaxis.ticktext) == ["layer 0", "layer 1"]
+    assert list(bars.error_y.array) == [0.5, 0.25] and list(bars.error_y.arrayminus) == [0.25, 0.25]
+    assert bars.customdata[1] == "layer 1: -25.0 % (-50.0 to 0.0)"
