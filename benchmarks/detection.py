@@ -9,6 +9,7 @@ Pairs are built into ``--pairs`` (the work folder, if not given) unless they are
 holds an audit of is not audited again, and one whose audit was cut off is gone on with. So a run can stop and grow:
 seeds are the outer order, so that what is done is balanced over kinds. A new version of the audit needs a new folder.
 ``--kept FILE`` outlives the folder: rows in it are not measured again, new ones are added, and the table is of all.
+``measured/detection.jsonl`` holds the rows that this version of the audit was measured by so far.
 
 ``rows.json`` in the work folder has every row; ``--record`` appends the table to ``benchmarks/RESULTS.md``.
 """
