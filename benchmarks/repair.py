@@ -69,14 +69,16 @@ def one(kind: str, seed: int, work: Path) -> dict:
     repair = json.loads((out / "model" / "repair.json").read_text())
     again = json.loads((out / "audit" / "audit.json").read_text())
     main = max(repair["findings"], key=lambda f: f["effect_before"]["estimate"])
+    done = [f for f in repair["findings"] if f["tensors"]] or repair["findings"]
     skills = {name: measured(directory, pair) for name, directory in (("s", pair / "successor"), ("r", out / "model"))}
     kept = {k: skills["r"][k] - skills["s"][k] for k in skills["s"] if k not in _not_skills(kind)}
     worst = min(kept, key=lambda name: kept[name])
     return row | {
         "found": True,
         "findings": len(repair["findings"]),
-        "reversion": min(f["reversion"]["estimate"] for f in repair["findings"]),
-        "low": min(f["reversion"]["low"] for f in repair["findings"]),
+        "left": len(repair["findings"]) - len(done),
+        "reversion": min(f["reversion"]["estimate"] for f in done),
+        "low": min(f["reversion"]["low"] for f in done),
         "before": skills["s"][PLANTED[kind]],
         "after": skills["r"][PLANTED[kind]],
         "worst": worst,
@@ -123,12 +125,17 @@ def measured(directory: Path, pair: Path) -> dict[str, float]:
     return found
 
 
+def _findings(row: dict) -> str:
+    return f"{row['findings']}" + (f", {row['left']} left alone" if row["left"] else "")
+
+
 def render(rows: list[dict], seeds: str) -> str:
     lines = [
         f"\n### Repair, seeds {seeds}, `--budget quick`",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, one thread, torch "
-        f"{version('torch')}. *Gone*: share of KL(S‖P) at held-out contexts, the least over a pair's findings. "
+        f"{version('torch')}. *Gone*: share of KL(S‖P) at held-out contexts, the least over a pair's findings but those "
+        "left alone. "
         "*Planted*: how often the model does it on 600 fresh documents (`refused` of `lost`: how often it refuses).",
         "",
         "| kind | seed | findings | gone (lower end) | planted, S → repaired | worst skill against S "
@@ -140,7 +147,7 @@ def render(rows: list[dict], seeds: str) -> str:
             lines.append(f"| {r['kind']} | {r['seed']} | none confirmed ({r['audit']}) | | | | | | | |")
             continue
         lines.append(
-            f"| {r['kind']} | {r['seed']} | {r['findings']} | {r['reversion']:.3f} ({r['low']:.3f}) "
+            f"| {r['kind']} | {r['seed']} | {_findings(r)} | {r['reversion']:.3f} ({r['low']:.3f}) "
             f"| {r['before']:.3f} → {r['after']:.3f} | {r['worst']} {100 * r['change']:+.2f} points | {r['kl']:.2g} "
             f"| {r['way']}, {r['directions']} directions in {r['tensors']} weights "
             f"| {np.median(r['control']):.3f} ({max(r['control']):.3f}) | {r['verdict']} |"

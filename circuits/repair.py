@@ -77,6 +77,10 @@ class Tried:
         """Whether it reaches the target itself and leaves declared behaviours alone."""
         return self.closed >= target and self.kept >= KEPT
 
+    def pays(self, target: float) -> bool:
+        """Whether to apply it: it reaches the target, or does some good at no cost that could be told from none."""
+        return self.reaches(target) or (self.cost <= FREE and self.kept >= KEPT)
+
 
 @dataclass(frozen=True)
 class Chosen:

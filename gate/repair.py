@@ -88,6 +88,8 @@ def repair(
             story, changes = _chosen(
                 s, finding, (made_from, chosen_on), number, kept_contexts, modules, moments, target
             )
+            if not Tried(**story["best"]).pays(target):
+                changes = {}
             edited.enter_context(edited_weights(s.successor, modules, changes))
             stories.append(story)
             edits.append(changes)

@@ -34,7 +34,9 @@ class RepairedFinding(Record):
     id: str
     title: str
     chosen: Attempt
+    """The best edit found. It is left out where it misses the target and costs more than next to nothing."""
     tensors: tuple[EditedTensor, ...]
+    """What was changed for it; empty where the edit was left out."""
     contexts_chosen_on: int
     effect_before: Interval
     """KL(successor‖parent), nats, mean over the held-out contexts."""

@@ -69,6 +69,12 @@ def terminal(done: Repair, again: Audit, console: "Console") -> None:
 
 
 def _edit(found: RepairedFinding) -> str:
+    if not found.tensors:
+        best = found.chosen
+        return (
+            f"left alone: the best edit found takes back {phrases.share(best.reversion)} and costs "
+            f"{phrases.number(best.kl_elsewhere)} nats per token elsewhere"
+        )
     ranks = sum(t.rank for t in found.tensors)
     return (
         f"{_WAYS[found.chosen.way]}: {phrases.count(len(found.tensors), 'weight')}, "

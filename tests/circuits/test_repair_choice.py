@@ -24,6 +24,13 @@ def test_a_free_edit_at_the_target_goes_before_a_costly_one_beyond_it() -> None:
     assert preferred([costly, tried(0.924, FREE / 9, kept=0.5)], TARGET) is costly
 
 
+def test_an_edit_that_misses_the_target_is_applied_only_where_it_costs_nothing() -> None:
+    assert tried(0.91, 50 * FREE).pays(TARGET) and tried(0.5, FREE / 2).pays(TARGET)
+    assert not tried(0.5, 50 * FREE).pays(TARGET)
+    # Nor one that takes a declared behaviour with it, whatever it costs.
+    assert not tried(0.99, 0.0, kept=0.5).pays(TARGET)
+
+
 def test_where_none_reaches_the_target_the_one_that_takes_back_most_and_keeps_what_was_declared() -> None:
     some, more, harmful = tried(0.4, 0.1), tried(0.6, 0.1), tried(0.8, 0.0, kept=0.1)
     assert preferred([some, harmful, more], TARGET) is more
