@@ -134,8 +134,8 @@ def render(rows: list[dict], seeds: str) -> str:
         f"\n### Repair, seeds {seeds}, `--budget quick`",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, one thread, torch "
-        f"{version('torch')}. *Gone*: share of KL(S‖P) at held-out contexts, the least over a pair's findings but those "
-        "left alone. "
+        f"{version('torch')}. *Gone*: share of KL(S‖P) at held-out contexts, the least over a pair's findings "
+        "but those left alone. "
         "*Planted*: how often the model does it on 600 fresh documents (`refused` of `lost`: how often it refuses).",
         "",
         "| kind | seed | findings | gone (lower end) | planted, S → repaired | worst skill against S "
