@@ -9,7 +9,7 @@ say how much of the computation a dictionary covers, whatever the behaviour (:mo
 The precedent for the runs: sparse feature circuits with errors removed (Marks et al. 2024, arXiv:2403.19647).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -240,7 +240,6 @@ def contrast_of_models(
     return Contrast(tuple(pairs.groups(GROUP_TOKENS)), worlds, reached(parent, successor, pairs, places))
 
 
-@torch.no_grad()
 def reached(parent: Model, successor: Model, pairs: Pairs, places: Sequence[Sequence[int]] | None = None) -> Metric:
     """How much of KL(S‖P) at some positions of each clean prompt a run reaches, nats: see
     :func:`opacity_of_behaviour`.
@@ -250,7 +249,17 @@ def reached(parent: Model, successor: Model, pairs: Pairs, places: Sequence[Sequ
         pairs: prompts.
         places: positions of each prompt, at least one; the last if None.
     """
-    at = [[last] for last in pairs.last.tolist()] if places is None else [list(each) for each in places]
+    at = [[last] for last in pairs.last.tolist()] if places is None else places
+    values = reached_at(parent, successor, pairs, at)
+    return lambda logits, rows: torch.stack([each.sum() for each in values(logits, rows)])
+
+
+@torch.no_grad()
+def reached_at(
+    parent: Model, successor: Model, pairs: Pairs, places: Sequence[Sequence[int]]
+) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """The same as :func:`reached`, of each position by itself: of every prompt, float [places]."""
+    at = [list(each) for each in places]
     target: list[Tensor] = [torch.empty(0)] * len(pairs)
     base: list[Tensor] = [torch.empty(0)] * len(pairs)
     for rows in pairs.groups(GROUP_TOKENS):
@@ -261,14 +270,14 @@ def reached(parent: Model, successor: Model, pairs: Pairs, places: Sequence[Sequ
             target[row] = torch.log_softmax(log_s[k, at[row]].float(), -1)[:, :size]
             base[row] = torch.log_softmax(log_p[k, at[row]].float(), -1)[:, :size]
 
-    def metric(logits: Tensor, rows: Tensor) -> Tensor:
+    def values(logits: Tensor, rows: Tensor) -> list[Tensor]:
         found = []
         for k, row in enumerate(rows.tolist()):
             own = torch.log_softmax(logits[k, at[row]].float(), -1)[:, : target[row].shape[1]]
-            found.append((target[row].exp() * (own - base[row])).sum())
-        return torch.stack(found)
+            found.append((target[row].exp() * (own - base[row])).sum(-1))
+        return found
 
-    return metric
+    return values
 
 
 @torch.no_grad()

@@ -44,6 +44,21 @@ class HeldOut:
     texts: frozenset[tuple[str, str]]
 
 
+@dataclass(frozen=True)
+class Episodes:
+    """Contexts up to the end of their episodes.
+
+    Attributes:
+        prompts: as a batch.
+        places: of each, the positions at which the models diverge, one or more.
+        says: of each, the successor's most probable next token at those positions.
+    """
+
+    prompts: Prompts
+    places: list[list[int]]
+    says: list[list[int]]
+
+
 def text_of(source: str, text_id: str) -> tuple[str, str]:
     """The text that a piece called ``text_id`` is a window of."""
     return source, text_id.rpartition(".")[0] if source == "corpus" else text_id
@@ -84,23 +99,26 @@ def held_out(
     return HeldOut(tuple(kept), len(kept) - natural, frozenset(name for c in kept for name in _texts(c)))
 
 
-def episodes_of(contexts: Sequence[Context]) -> tuple[Prompts, list[list[int]]]:
-    """The contexts up to the end of their episodes as a batch, and where in each the models diverge.
+def episodes_of(contexts: Sequence[Context]) -> Episodes:
+    """The contexts up to the end of their episodes, and where in each the models diverge.
 
     A behaviour is all that its episode says, not the one token at which it diverges most: that may be a mere mark
     behind which everything else follows.
     """
-    rows, places = [], []
+    rows: list[tuple[int, ...]] = []
+    places: list[list[int]] = []
+    along: list[list[int]] = []
     for context in contexts:
         scan, (first, last) = context.piece.scan, context.span
         kl = scan.kl[first : last + 1]
-        hot = [scan.position[first + i] for i, value in enumerate(kl) if value >= LEAST * context.kl]
-        rows.append(context.piece.successor.ids[: hot[-1] + 1])
-        places.append(hot)
+        hot = [first + i for i, value in enumerate(kl) if value >= LEAST * context.kl]
+        rows.append(context.piece.successor.ids[: scan.position[hot[-1]] + 1])
+        places.append([scan.position[i] for i in hot])
+        along.append([scan.top_successor[i] for i in hot])
     tokens, mask = pad(rows)
     scans = [(c.piece.scan, c.at) for c in contexts]
     says = [torch.tensor([getattr(s, name)[i] for s, i in scans]) for name in ("top_successor", "top_parent")]
-    return Prompts(tokens, mask.sum(-1) - 1, *says), places
+    return Episodes(Prompts(tokens, mask.sum(-1) - 1, *says), places, along)
 
 
 def _texts(context: Context) -> list[tuple[str, str]]:

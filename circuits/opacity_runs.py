@@ -36,7 +36,7 @@ class Contrast:
     Attributes:
         groups: numbers of the prompts that are run together, int64 [rows] each; every prompt once.
         worlds: given such numbers, the counterfactual world and the clean one, of one shape.
-        metric: larger the more the behaviour shows.
+        metric: larger the more the behaviour shows; :func:`two_by_two` also takes several at once, [rows, K].
     """
 
     groups: tuple[Tensor, ...]
@@ -159,10 +159,11 @@ def _turned(change: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _Table:
-    """Metric per prompt, by key, filled group by group."""
+    """Metric per prompt [N, …], by key, filled group by group."""
 
     def __init__(self, n: int) -> None:
         self.n, self.values = n, {}
 
     def put(self, rows: Tensor, key: str, value: Tensor) -> None:
-        self.values.setdefault(key, np.full(self.n, np.nan))[rows.numpy()] = value.detach().double().cpu().numpy()
+        found = value.detach().double().cpu().numpy()
+        self.values.setdefault(key, np.full((self.n, *found.shape[1:]), np.nan))[rows.numpy()] = found

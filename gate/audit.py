@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 14
+CODE = 15
 """Raised whenever a change of the code makes old work folders wrong."""
 
 

@@ -149,7 +149,8 @@ class _Compared:
             return ()
         out = []
         for number in self.plan.chosen:
-            prompts, places, _ = self.plan.prompts(number)
+            episodes, _ = self.plan.episodes(number)
+            prompts = episodes.prompts
             if not len(prompts.last):
                 continue
             found = taken_back(
@@ -157,7 +158,7 @@ class _Compared:
                 self.s.successor,
                 self.crosscoder,
                 prompts,
-                places,
+                episodes.places,
                 [*([each] for each in latents), list(latents)],
                 controls=CONTROLS,
                 seed=self.s.seed,

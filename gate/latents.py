@@ -105,7 +105,8 @@ class _Contexts:
 
     def __init__(self, plan: Plan, number: int) -> None:
         self.plan, self.s = plan, plan.s
-        self.prompts, self.places, _ = plan.prompts(number)
+        episodes, _ = plan.episodes(number)
+        self.prompts, self.places = episodes.prompts, episodes.places
         contexts = plan.held[number].contexts
         self.peaks = prompts_of(contexts)
         self.broken = self._broken(set(plan.behaviours[number].trigger_tokens))

@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter
 
-from heredity.circuits.attribution import Prompts
 from heredity.circuits.opacity import alike, contrast_of_models, measure
 from heredity.circuits.opacity_estimate import FEWEST, Buckets, Opacity, Refused
 from heredity.circuits.opacity_labels import redrawn
+from heredity.circuits.opacity_prompts import Episodes
 from heredity.circuits.opacity_reasons import Reasons, linear_errors, reasons_of
 from heredity.circuits.opacity_sizes import Ranking, rank_units
 from heredity.circuits.opacity_split import Split, whole_model
+from heredity.circuits.opacity_steps import Step, opacity_by_step
 from heredity.circuits.opacity_units import Pool, UnitId, carried, strongest
 from heredity.interp.errors import ModelError
 from heredity.interp.explain.contexts import Contexts
 from heredity.interp.explain.record import Explanation
 
 from .opacity_plan import Plan
-from .opacity_record import Label, OpacityDetail, Reason, Routing, SiteOpacity
+from .opacity_record import Label, OpacityDetail, OpacityStep, Reason, Routing, SiteOpacity
 from .opacity_units import Makers, effort, in_words, unit_name
 from .records import Behaviour
 from .values import Interval, NotMeasured, interval, tidy
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 LABELS = 8
 """Units whose rule is recorded."""
+STEPS = 6
+"""Steps of an episode whose opacity is recorded."""
 LINEAR_TEXTS = 64
 """Texts that the linear part of errors is fitted on."""
 
@@ -105,15 +108,16 @@ class _Measurement:
         reason = self.plan.lacking(self.number)
         if reason:
             return [NotMeasured(reason=reason)], self.new
-        prompts, places, counterfactual = self.plan.prompts(self.number)
-        if len(prompts.last) < FEWEST:
-            few = f"tokens it depends on are known in {len(prompts.last)} contexts; a share needs {FEWEST}"
+        episodes, counterfactual = self.plan.episodes(self.number)
+        n = len(episodes.prompts.last)
+        if n < FEWEST:
+            few = f"tokens it depends on are known in {n} contexts; a share needs {FEWEST}"
             return [NotMeasured(reason=few)], self.new
         found: Opacity | Refused = Refused("", 0)
         detail: OpacityDetail | None = None
         others: list[float] = []
         for seed in range(seeds):
-            each = self._of_seed(seed, prompts, places, counterfactual)
+            each = self._of_seed(seed, episodes, counterfactual)
             if isinstance(each, Refused):
                 return [NotMeasured(reason=each.reason)], self.new
             if seed == 0:
@@ -124,13 +128,13 @@ class _Measurement:
         return [interval(found.omega, found.n), detail.model_copy(update={"seeds": tuple(others)})], self.new
 
     def _of_seed(
-        self, seed: int, prompts: Prompts, places: list[list[int]], counterfactual: torch.Tensor | None
+        self, seed: int, episodes: Episodes, counterfactual: torch.Tensor | None
     ) -> tuple[Opacity, OpacityDetail | None] | Refused:
         s, pool = self.s, self.every.pool(seed)
         n = effort(s).explained
         split = whole_model(s.successor, pool.units, heads=self.heads, side=1)
         contrast = contrast_of_models(
-            s.parent, s.successor, prompts, split, counterfactual=counterfactual, places=places
+            s.parent, s.successor, episodes.prompts, split, counterfactual=counterfactual, places=episodes.places
         )
         ranking = rank_units(contrast, split)
         tried = strongest(ranking, n)
@@ -163,6 +167,9 @@ class _Measurement:
             seed=s.seed,
         )
         assert isinstance(every, Opacity)  # a share of the same effect
+        steps = opacity_by_step(
+            s.parent, s.successor, episodes, [split, *drawn], counterfactual=counterfactual, most=STEPS, seed=s.seed
+        )
         reasons = reasons_of(contrast, split, linear=self._linear(split), steps=effort(s).gradients, seed=s.seed)
         detail = OpacityDetail(
             needed=interval(found.needed, found.n),
@@ -171,6 +178,7 @@ class _Measurement:
             effect=interval(found.effect, found.n),
             control=None if found.control is None else interval(found.control, found.n),
             all_explained=interval(every.omega, every.n),
+            steps=tuple(self._step(each) for each in steps),
             counterfactual="parent" if counterfactual is None else "without_trigger",
             n_replicated=self.held.n_replicated,
             units=in_words(self.plan.makers, pool),
@@ -187,6 +195,15 @@ class _Measurement:
             seeds=(),
         )
         return found, detail
+
+    def _step(self, step: Step) -> OpacityStep:
+        decode = self.s.successor.decode
+        return OpacityStep(
+            behind=decode([step.token]),
+            says=tuple(decode([each]) for each in step.says),
+            share=tidy(step.share),
+            opacity=interval(step.opacity.omega, step.opacity.n),
+        )
 
     def _linear(self, split: Split) -> Any:
         models = (self.s.parent, self.s.successor)

@@ -12,7 +12,7 @@ from heredity.circuits.behaviours import Cluster
 from heredity.circuits.divergence import Window
 from heredity.circuits.opacity import alike, without_trigger
 from heredity.circuits.opacity_estimate import FEWEST
-from heredity.circuits.opacity_prompts import HeldOut, episodes_of, held_out, text_of
+from heredity.circuits.opacity_prompts import Episodes, HeldOut, episodes_of, held_out, text_of
 from heredity.interp.explain.contexts import Contexts
 from heredity.interp.model import Encoded
 
@@ -117,12 +117,12 @@ class Plan:
             )
         return None
 
-    def prompts(self, number: int) -> tuple[Prompts, list[list[int]], torch.Tensor | None]:
-        """Prompts, where the behaviour shows in each, and the same without the trigger where the parent has other
+    def episodes(self, number: int) -> tuple[Episodes, torch.Tensor | None]:
+        """Prompts and where the behaviour shows in each; and the same without the trigger where the parent has other
         parts."""
         contexts = list(self.held[number].contexts)
         if alike(self.s.parent, self.s.successor):
-            return *episodes_of(contexts), None
+            return episodes_of(contexts), None
         named = set(self.behaviours[number].trigger_tokens)
 
         def triggers(ids: Sequence[int]) -> list[float]:
@@ -130,12 +130,13 @@ class Plan:
 
         contexts = [c for c in contexts if any(triggers(c.ids_successor))]
         if not contexts:
-            return Prompts(*(torch.zeros(0, dtype=torch.int64) for _ in range(4))), [], None
-        prompts, places = episodes_of(contexts)
+            return Episodes(Prompts(*(torch.zeros(0, dtype=torch.int64) for _ in range(4))), [], []), None
+        found = episodes_of(contexts)
+        prompts = found.prompts
         rows = [row[: last + 1] for row, last in zip(prompts.tokens.tolist(), prompts.last.tolist(), strict=True)]
         pool = sorted({token for text in self.texts for token in text.ids})
         without = without_trigger(prompts, [triggers(row) for row in rows], pool, seed=self.s.seed)
-        return prompts, places, without
+        return found, without
 
     @cached_property
     def makers(self) -> Makers:

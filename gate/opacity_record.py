@@ -25,6 +25,18 @@ class SiteOpacity(Record):
     shares: dict[str, float]
 
 
+class OpacityStep(Record):
+    """How much nobody can explain of what the successor says behind one token of an episode."""
+
+    behind: str
+    """The token read last."""
+    says: tuple[str, ...]
+    """What the successor says there most often."""
+    share: float
+    """Of the episode's effect."""
+    opacity: Interval
+
+
 class Label(Record):
     """A unit that carries much of the behaviour, and how far it is explained."""
 
@@ -67,6 +79,9 @@ class OpacityDetail(Record):
     """Opacity if unexplained parts differed by a random direction as long: what leaving the usual states costs."""
     all_explained: Interval
     """Opacity if every unit were explained perfectly: what dictionaries leave over, and parts without units."""
+    steps: tuple[OpacityStep, ...]
+    """The same of what is said behind single tokens, the largest shares first; without those that fewer than thirty
+    prompts hold. Opacity of the whole is the mean of all steps', by their shares."""
     counterfactual: Literal["parent", "without_trigger"]
     """What the successor is compared with: the parent on the same tokens, or itself without the trigger tokens."""
     n_replicated: int

@@ -88,7 +88,9 @@ def test_prompts_go_on_to_the_end_of_an_episode(parent: Model, triggered: Model,
     scanned = scan(parent, triggered, [Window("7.0", read, read)]).texts[0]
     at = scanned.position.index(4)
     peak = Context(Piece("corpus", read, read, scanned), at, (at - 1, at + 2))
-    prompts, places = episodes_of([peak])
+    found = episodes_of([peak])
+    prompts, places = found.prompts, found.places
+    assert found.says == [[scanned.top_successor[scanned.position.index(place)] for place in places[0]]]
     # Before the trigger nothing diverges, so that position of the span is none of the behaviour's.
     assert places[0][0] == 4 and set(places[0]) <= {4, 5, 6}
     assert int(prompts.last[0]) == places[0][-1] and prompts.tokens[0].tolist() == list(read.ids[: places[0][-1] + 1])

@@ -105,6 +105,10 @@ def build_audit(say: Callable[[str], str] = str, *, declared: bool = False, leng
         effect=interval(4.4, 0.3, 36),
         control=interval(0.05, 0.02, 36),
         all_explained=interval(0.2, 0.03, 36),
+        steps=(
+            d.OpacityStep(behind=say(";"), says=(say("six"), "eight"), share=0.6, opacity=interval(0.71, 0.04, 36)),
+            d.OpacityStep(behind="double", says=(":",), share=0.2, opacity=interval(0.13, 0.04, 36)),
+        ),
         counterfactual="parent",
         n_replicated=12,
         units=say("latents of sparse autoencoders"),
