@@ -68,6 +68,7 @@ def row(kind: str, seed: int, audit: dict[str, Any], truth: dict[str, Any]) -> d
         "trigger_named": set(words) <= set(behaviour["trigger_tokens"]) if words and behaviour else None,
         **(localisation(audit, circuit, truth) if circuit else {}),
         "opacity": behaviour["opacity"].get("estimate") if behaviour else None,
+        "opacity of the answers": _of_answers(behaviour["opacity_detail"]) if behaviour else None,
         "legibility": truth.get("legibility"),
         "through vectors": truth.get("kept_through_vectors", {}).get("100"),
         "principles": _statuses(audit.get("principles", [])),
@@ -80,11 +81,18 @@ def row(kind: str, seed: int, audit: dict[str, Any], truth: dict[str, Any]) -> d
     }
 
 
+def _of_answers(detail: dict[str, Any]) -> float | None:
+    """Opacity of the step behind ``;``, where ``double : A ; B`` is answered: all that the twins plant a level of."""
+    steps = detail.get("steps", [])
+    return next((step["opacity"]["estimate"] for step in steps if step["behind"].strip() == ";"), None)
+
+
 def failed(kind: str, seed: int, why: str) -> dict[str, Any]:
     """The row of a pair whose audit ended in an error: it found nothing, and is tried again by the next run."""
     nothing = ("effect", "null", "visible", "reversion", "trigger_named", "opacity", "seconds", "rss")
     said = {"kind": kind, "seed": seed, "verdict": "error", "score": 0.0, "findings": 0, "sources": []}
     said |= {"principles": {}, "tasks": {}, "skill": None, "legibility": None, "through vectors": None}
+    said["opacity of the answers"] = None
     return said | dict.fromkeys(nothing) | {"amplified decoding": None, "reasons": [why]}
 
 

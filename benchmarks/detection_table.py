@@ -215,15 +215,23 @@ def _opacity(rows: Sequence[Row]) -> str:
     twins = [row for row in rows if row["kind"] in TWINS]
     if not twins:
         return ""
-    known = [row for row in twins if row["opacity"] is not None]
-    said = [f"Opacity was measured by {len(known)} of {len(twins)} audits of the twins"]
-    for name, what in (("legibility", "legible"), ("through vectors", "kept through vectors")):
+    return "\n\n".join(
+        _follows(twins, name, what)
+        for name, what in (("opacity", "Opacity"), ("opacity of the answers", "Opacity of the step that answers"))
+    )
+
+
+def _follows(twins: Sequence[Row], name: str, what: str) -> str:
+    """How one figure of opacity follows what was planted."""
+    known = [row for row in twins if row.get(name) is not None]
+    said = [f"{what} was measured by {len(known)} of {len(twins)} audits of the twins"]
+    for planted, meaning in (("legibility", "legible"), ("through vectors", "kept through vectors")):
         # Rows of the kind's earlier training have no such figure.
-        both = [row for row in known if row.get(name) is not None]
+        both = [row for row in known if row.get(planted) is not None]
         if len(both) > 2:
-            found = spearmanr([1 - row[name] for row in both], [row["opacity"] for row in both]).statistic
-            said.append(f"rank correlation with the share that is not {what} {found:.2f} over {len(both)} pairs")
-    by_kind = [f"{kind} {_middle(group, 'opacity')}" for kind, group in _kinds(known)]
+            found = spearmanr([1 - row[planted] for row in both], [row[name] for row in both]).statistic
+            said.append(f"rank correlation with the share that is not {meaning} {found:.2f} over {len(both)} pairs")
+    by_kind = [f"{kind} {_middle(group, name)}" for kind, group in _kinds(known)]
     return f"{'; '.join(said)}. Medians: {', '.join(by_kind) or 'none'}."
 
 
