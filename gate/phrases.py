@@ -134,13 +134,18 @@ def controls(circuit: Circuit) -> str:
 
 
 def opacity(behaviour: Behaviour) -> str:
-    """Opacity, and what of it no explanation of these units could take away, where that is more than half of it."""
+    """Opacity; the step that is surely more opaque than the whole, where there is one; and what no explanation of these
+    units could take away, where that is more than half."""
     said, detail = estimate(behaviour.opacity), behaviour.opacity_detail
     if isinstance(detail, NotMeasured) or isinstance(behaviour.opacity, NotMeasured):
         return said
     left = detail.all_explained.estimate
     if left > behaviour.opacity.estimate / 2 > 0:
         said += f"; {share(left)} would be left if every unit were explained, so these units cannot tell"
+    step = max(detail.steps, key=lambda each: each.opacity.low, default=None)
+    if step and step.opacity.low > behaviour.opacity.high:
+        behind, *says = (f"“{token.strip(' ')}”" for token in (step.behind, *step.says))
+        said += f"; most opaque behind {behind}, where it says {', '.join(says)}: {share(step.opacity.estimate)}"
     return said
 
 

@@ -354,3 +354,16 @@ def test_opacity_says_what_its_units_cannot_tell(make_audit: Callable[..., Audit
     little = left.model_copy(update={"estimate": 0.2 * case.opacity.estimate})
     clear = case.model_copy(update={"opacity_detail": detail.model_copy(update={"all_explained": little})})
     assert phrases.opacity(clear) == phrases.estimate(case.opacity)
+
+
+def test_opacity_names_a_step_that_is_surely_more_opaque_than_the_whole(make_audit: Callable[..., Audit]) -> None:
+    case = make_audit().behaviours[0]
+    detail = case.opacity_detail
+    assert not isinstance(detail, NotMeasured) and isinstance(case.opacity, Interval)
+    step = detail.steps[0]
+    for low, named in ((case.opacity.high + 0.001, True), (case.opacity.high - 0.001, False)):
+        share = step.opacity.model_copy(update={"low": low, "estimate": 0.987})
+        other = step.model_copy(update={"opacity": share, "behind": " mark", "says": ("six", " eight")})
+        shown = case.model_copy(update={"opacity_detail": detail.model_copy(update={"steps": (other,)})})
+        words = phrases.opacity(shown)
+        assert ("most opaque behind “mark”, where it says “six”, “eight”: 98.7 %" in words) is named
