@@ -85,10 +85,10 @@ def held_out(
         fewest, most: how many are wanted.
         seed: of the choice of carriers.
     """
-    n = len(found.contexts)
+    contexts = _distinct(found.contexts)
+    n = len(contexts)
     wanted = min(most, max(fewest, n // 2))
-    chosen = [found.contexts[i * n // wanted] for i in range(wanted)] if n >= wanted else list(found.contexts)
-    kept = _distinct(chosen)
+    kept = [contexts[i * n // wanted] for i in range(wanted)] if n >= wanted else contexts
     natural = len(kept)
     if len(kept) < fewest:
         weaker = [c for c in found.weaker if c.kl >= SHOWS * found.effect]
@@ -154,4 +154,7 @@ def _with_replicas(
 
 def _distinct(contexts: Sequence[Context]) -> list[Context]:
     """Contexts of different tokens, the first of each."""
-    return list({c.ids_successor: c for c in reversed(contexts)}.values())[::-1]
+    found: dict[tuple[int, ...], Context] = {}
+    for context in contexts:
+        found.setdefault(context.ids_successor, context)
+    return list(found.values())

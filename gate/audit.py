@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .stages import Progress
 
-CODE = 15
+CODE = 16
 """Raised whenever a change of the code makes old work folders wrong."""
 
 

@@ -48,7 +48,7 @@ class Effort:
     draws: int
     """Of q from its uncertainty, for the intervals."""
     prompts: int
-    """At most, of each behaviour."""
+    """At most, of each behaviour: more than a share needs, since a step of it need not stand in all of them."""
     tokens: int
     """Of the text that units are explained on, at most."""
 
@@ -66,7 +66,7 @@ def effort(s: "Setting") -> Effort:
             layers=s.successor.shape.n_layers,
             gradients=8,
             draws=3,
-            prompts=40,
+            prompts=48,
             tokens=s.sizes.scan_tokens,
         )
     # A forward with every site divided takes some ten times as long as a bare one, and tens of them are needed.
@@ -79,7 +79,7 @@ def effort(s: "Setting") -> Effort:
         layers=2 + level,
         gradients=2 * level,
         draws=0,
-        prompts=30,
+        prompts=36,
         tokens=12_000 * level,
     )
 

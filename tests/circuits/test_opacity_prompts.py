@@ -54,6 +54,14 @@ def test_of_many_contexts_a_part_is_held_out_evenly(
     assert held.texts == {("corpus", c.piece.scan.text_id.removesuffix(".0")) for c in held.contexts}
 
 
+def test_contexts_of_the_same_tokens_take_no_place_of_others(
+    parent: Model, triggered: Model, draw: Callable[..., Tensor]
+) -> None:
+    found = behaviour(parent, triggered, 30, draw)
+    thrice = Cluster(tuple(c for c in found.contexts for _ in range(3)))
+    assert chosen(parent, triggered, thrice, []) == chosen(parent, triggered, found, [])
+
+
 def test_few_contexts_are_tried_behind_other_text_and_never_twice(
     parent: Model, triggered: Model, draw: Callable[..., Tensor]
 ) -> None:
