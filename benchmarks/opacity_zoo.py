@@ -115,6 +115,13 @@ def main() -> None:
         for name, truth in names:
             ranks = [spearmanr(each, truth)[0] for each in (omega, needed)]
             lines.append(f"\nRank correlation with {name}, {len(omega)} rows: Ω {ranks[0]:.2f}, needed {ranks[1]:.2f}.")
+    if options.seeds > 1:
+        by_pair = torch.tensor(omega).reshape(-1, options.seeds)
+        apart = (by_pair - by_pair.mean(1, keepdim=True)).abs().amax(1)
+        lines.append(
+            f"\nOver {options.seeds} seeds of the autoencoders Ω lies within ±{apart.median():.3f} of its pair's mean "
+            f"in the median pair, within ±{apart.max():.3f} in all."
+        )
     lines.append(f"\n({time.process_time() - started:.0f} s of processor time, one thread)")
     print("\n".join(lines))
     if options.record:
