@@ -14,10 +14,10 @@ from torch import Tensor
 
 from heredity.interp.model import Model
 
-from .opacity import contrast_of_models, reached_at
+from .opacity import reached_at
 from .opacity_estimate import FEWEST, Opacity, estimate
 from .opacity_prompts import Episodes
-from .opacity_runs import two_by_two
+from .opacity_runs import Contrast, two_by_two
 from .opacity_split import Split
 from .pairs import Pairs
 
@@ -43,12 +43,12 @@ class Step:
 
 
 def opacity_by_step(
+    contrast: Contrast,
     parent: Model,
     successor: Model,
     episodes: Episodes,
     splits: Sequence[Split],
     *,
-    counterfactual: Tensor | None = None,
     most: int,
     fewest: int = FEWEST,
     seed: int = 0,
@@ -57,7 +57,8 @@ def opacity_by_step(
     hold, or at which the effect is not told from 0.
 
     Args:
-        parent, successor, counterfactual: as of :func:`.opacity.contrast_of_models`.
+        contrast: of the models over the episodes (:func:`.opacity.contrast_of_models`).
+        parent, successor: the models.
         episodes: prompts, and where in each the models part.
         splits: what is explained, and the same with q drawn from its uncertainty.
         most: steps at most.
@@ -68,9 +69,6 @@ def opacity_by_step(
     read = [[row[place] for place in places] for row, places in zip(rows, episodes.places, strict=True)]
     tokens = sorted({token for each in read for token in each})
     column = [torch.tensor([tokens.index(token) for token in each]) for each in read]
-    contrast = contrast_of_models(
-        parent, successor, episodes.prompts, splits[0], counterfactual=counterfactual, places=episodes.places
-    )
     pairs = Pairs(episodes.prompts.tokens, episodes.prompts.tokens, episodes.prompts.last)
     values = reached_at(parent, successor, pairs, episodes.places)
 

@@ -167,9 +167,7 @@ class _Measurement:
             seed=s.seed,
         )
         assert isinstance(every, Opacity)  # a share of the same effect
-        steps = opacity_by_step(
-            s.parent, s.successor, episodes, [split, *drawn], counterfactual=counterfactual, most=STEPS, seed=s.seed
-        )
+        steps = opacity_by_step(contrast, s.parent, s.successor, episodes, [split, *drawn], most=STEPS, seed=s.seed)
         reasons = reasons_of(contrast, split, linear=self._linear(split), steps=effort(s).gradients, seed=s.seed)
         detail = OpacityDetail(
             needed=interval(found.needed, found.n),

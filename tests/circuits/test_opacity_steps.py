@@ -11,6 +11,7 @@ from heredity.circuits.opacity import contrast_of_models, measure
 from heredity.circuits.opacity_estimate import Opacity
 from heredity.circuits.opacity_parts import NeuronsPart
 from heredity.circuits.opacity_prompts import Episodes
+from heredity.circuits.opacity_runs import Contrast
 from heredity.circuits.opacity_split import Split, whole_model
 from heredity.circuits.opacity_steps import opacity_by_step
 from heredity.interp.model import Model
@@ -47,10 +48,15 @@ def split(changed: Model) -> Split:
     return whole_model(changed, [part], heads=True, side=1)
 
 
+@pytest.fixture
+def contrast(parent: Model, changed: Model, episodes: Episodes, split: Split) -> Contrast:
+    return contrast_of_models(parent, changed, episodes.prompts, split, places=episodes.places)
+
+
 def test_a_step_is_what_is_measured_of_it_alone(
-    parent: Model, changed: Model, episodes: Episodes, split: Split
+    contrast: Contrast, parent: Model, changed: Model, episodes: Episodes, split: Split
 ) -> None:
-    steps = opacity_by_step(parent, changed, episodes, [split], most=3, fewest=10, seed=5)
+    steps = opacity_by_step(contrast, parent, changed, episodes, [split], most=3, fewest=10, seed=5)
     assert len(steps) == 3
     for step in steps:
         rows = episodes.prompts.tokens.tolist()
@@ -74,14 +80,11 @@ def test_a_step_is_what_is_measured_of_it_alone(
         assert step.says[0] in set(said) and said.count(step.says[0]) == max(map(said.count, said))
 
 
-def test_steps_share_out_the_whole(parent: Model, changed: Model, episodes: Episodes, split: Split) -> None:
-    steps = opacity_by_step(parent, changed, episodes, [split], most=100, fewest=1)
-    whole = measure(
-        contrast_of_models(parent, changed, episodes.prompts, split, places=episodes.places),
-        split,
-        controls=0,
-        routing=False,
-    )
+def test_steps_share_out_the_whole(
+    contrast: Contrast, parent: Model, changed: Model, episodes: Episodes, split: Split
+) -> None:
+    steps = opacity_by_step(contrast, parent, changed, episodes, [split], most=100, fewest=1)
+    whole = measure(contrast, split, controls=0, routing=False)
     assert isinstance(whole, Opacity)
     shares = [step.share for step in steps]
     assert sum(shares) == pytest.approx(1, abs=1e-5) and shares == sorted(shares, reverse=True)
@@ -89,11 +92,14 @@ def test_steps_share_out_the_whole(parent: Model, changed: Model, episodes: Epis
     assert together == pytest.approx(whole.omega.estimate, rel=1e-4)
 
 
-def test_a_step_of_few_prompts_is_left_out(parent: Model, changed: Model, episodes: Episodes, split: Split) -> None:
+def test_a_step_of_few_prompts_is_left_out(
+    contrast: Contrast, parent: Model, changed: Model, episodes: Episodes, split: Split
+) -> None:
     held = {
-        step.token: step.opacity.n for step in opacity_by_step(parent, changed, episodes, [split], most=9, fewest=1)
+        step.token: step.opacity.n
+        for step in opacity_by_step(contrast, parent, changed, episodes, [split], most=9, fewest=1)
     }
     fewest = sorted(held.values())[-2]
-    kept = opacity_by_step(parent, changed, episodes, [split], most=9, fewest=fewest)
+    kept = opacity_by_step(contrast, parent, changed, episodes, [split], most=9, fewest=fewest)
     assert {step.token for step in kept} == {token for token, n in held.items() if n >= fewest}
     assert len(kept) < len(held)
